@@ -193,7 +193,7 @@ def pages(root):
                 if mime == 'error': say(f' cell {i}: a stored traceback')
                 if mime in ('text/html', 'application/javascript') or 'widget-view' in mime: say(f' cell {i}: an output of type {mime}')
                 if mime.startswith('image/'): continue
-                if re.search(r'\w*Warning: ', shown): say(f' cell {i}: a warning in its output')
+                if re.search(r'Warning: ', shown): say(f' cell {i}: a warning in its output')
                 if re.search(r'(^|[\s\'"(=])(/(root|home|Users|tmp|work|private|var)/|[A-Z]:\\)', shown): say(f' cell {i}: a path of one machine in its output')
     return bad
 
