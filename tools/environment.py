@@ -4,17 +4,20 @@ Plain Python without packages: it runs before anything is installed, also on ver
 A marker inside .venv, written last, says what it was made from; an environment without it was interrupted and is made anew.
 """
 import hashlib, json, os, re, shutil, subprocess, sys
-from configparser import ConfigParser
 
 LOCK, VENV = 'requirements-dev.lock', '.venv'
 MARKER, LOG = os.path.join(VENV, 'made-from.json'), os.path.join(VENV, 'install.log')
 PYTHON = os.path.join(VENV, *(('Scripts', 'python.exe') if os.name == 'nt' else ('bin', 'python')))
 UNREACHABLE = re.compile(r'failed to fetch|could not connect|connection|dns error|error sending request|name or service not known|'
                          r'name resolution|nodename nor servname|network|proxy|timed out|no matching distribution', re.I)
-SHOWN = re.compile(r'\s*(Downloading|Resolved|Prepared|Installing|Installed)\b')
+SHOWN = re.compile(r'\s*(Downloading .*\d\d[\d.]* ?Mi?B|Installing|(Resolved|Prepared|Installed) \d+ packages)')
 
 
 class Failed(Exception): "A reason in one sentence."
+
+def say(what):
+    sys.stdout.write(what + '\n')
+    sys.stdout.flush()
 
 
 def wanted():
@@ -31,13 +34,11 @@ def made():
     "What the environment was made from; empty if it is missing or half there."
     try:
         with open(MARKER) as f: return json.load(f) if os.path.exists(PYTHON) else {}
-    except (OSError, ValueError): return {}
+    except (EnvironmentError, ValueError): return {}
 
 
 def check_python(version=sys.version_info):
-    cfg = ConfigParser(delimiters=['='])
-    cfg.read('settings.ini')
-    low, high = (cfg['DEFAULT'][k] for k in ('min_python', 'max_python'))
+    with open('settings.ini') as f: low, high = re.findall(r'(?m)^m(?:in|ax)_python *= *([\d.]+)', f.read())
     parts = lambda s: tuple(int(o) for o in s.split('.'))
     if not parts(low) <= tuple(version[:2]) <= parts(high):
         raise Failed('Python {}.{} is too {}: this course needs {} to {}; name one that you have, as in `make demo PYTHON=python{}`.'.format(
@@ -52,7 +53,7 @@ def run(*command):
         try:
             for line in proc.stdout:
                 log.write(line); lines.append(line)
-                if SHOWN.match(line): print('  ' + line.strip()[:100], flush=True)
+                if SHOWN.match(line): say('  ' + line.strip()[:100])
         finally:
             if proc.poll() is None and sys.exc_info()[0]: proc.terminate()
             code = proc.wait()
@@ -66,7 +67,7 @@ def run(*command):
 def make(want):
     "A new environment with exactly the lock's versions."
     uv = shutil.which('uv')
-    print('Making {} with {}: about 180 packages, 6 GB on Linux; one to five minutes, the first time only.'.format(VENV, 'uv' if uv else 'pip'), flush=True)
+    say('Making {} with {}: about 170 packages, 6 GB on Linux; one to five minutes, the first time only.'.format(VENV, 'uv' if uv else 'pip'))
     shutil.rmtree(VENV, ignore_errors=True)
     os.makedirs(VENV)
     if uv:
@@ -81,18 +82,18 @@ def make(want):
 def install_project(want):
     "The project itself, editable; its dependencies are there already."
     uv = shutil.which('uv')
-    pip = (uv, 'pip', 'install', '--python', PYTHON) if uv else (PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check')
-    run(*pip, '--no-deps', '--no-build-isolation', '--editable', '.')
+    pip = [uv, 'pip', 'install', '--python', PYTHON] if uv else [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check']
+    run(*(pip + ['--no-deps', '--no-build-isolation', '--editable', '.']))
     with open(MARKER + '.part', 'w') as f: json.dump(want, f)
     os.replace(MARKER + '.part', MARKER)
-    print('{} is ready.'.format(VENV), flush=True)
+    say('{} is ready.'.format(VENV))
 
 
 def main():
     os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
     want, have = wanted(), made()
     if want == have: return
-    if os.path.lexists(VENV) and all(want[k] == have.get(k) for k in ('lock', 'folder')): return install_project(want)
+    if all(want[k] == have.get(k) for k in ('lock', 'folder')): return install_project(want)
     check_python()
     make(want)
 
