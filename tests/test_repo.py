@@ -173,7 +173,8 @@ def test_a_stamp_minds_code_not_prose(tiny):
     tiny.edit('nbs/01_b.ipynb', 'What it is', 'What it is, in better words')
     assert checks.stamps(tiny.root) == []
 
-@pytest.mark.parametrize('src', ['#| gpu\nx = 1', '#| notest\n# because\nx = 1', '#| eval: false\nx = 1', '#| slow\n#| fig-alt: a\nx = 1', '#| hide\n#| net\nx = 1'])
+@pytest.mark.parametrize('src', ['#| gpu\nx = 1', '#| notest\n# because\nx = 1', '#| eval: false\nx = 1',
+                                 '#| slow\n#| fig-alt: a\nx = 1', '#| hide\n#| net\nx = 1'])
 def test_skips(tiny, src):
     tiny.lesson('00_a', src)
     assert 'cell 2' in checks.skips(tiny.root)[0]

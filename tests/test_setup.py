@@ -90,7 +90,8 @@ def test_docs_without_quarto(clone):
 @posix
 def test_clean_keeps_lessons_and_environment(root, tmp_path):
     folder = tmp_path/'a clone'
-    made = ['_docs/x', '_proc/x', 'out/x', 'nbs/out/x', 'build/x', 'a.egg-info/x', 'nbs/sidebar.yml', 'nbs/.ipynb_checkpoints/x', 'tools/__pycache__/x']
+    made = ['_docs/x', '_proc/x', 'out/x', 'nbs/out/x', 'build/x', 'a.egg-info/x',
+            'nbs/sidebar.yml', 'nbs/.ipynb_checkpoints/x', 'tools/__pycache__/x']
     kept = ['nbs/00_a.ipynb', '.venv/bin/python', 'course_lib/a.py', 'tests/a.py', 'assets/a.png']
     for name in made + kept:
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
@@ -101,14 +102,17 @@ def test_clean_keeps_lessons_and_environment(root, tmp_path):
 
 def test_a_wheel_brings_its_assets(root, tmp_path):
     src = tmp_path/'src'
-    shutil.copytree(root, src, ignore=lambda d, names: [n for n in names if d == str(root) and n.startswith('.') or n.endswith('.egg-info') or n in ('out', 'build', '_proc')])
+    src.mkdir()
+    for name in 'setup.py', 'pyproject.toml', 'settings.ini', 'MANIFEST.in', 'README.md', 'LICENSE': shutil.copy(root/name, src)
+    shutil.copytree(root/'course_lib', src/'course_lib')
     (src/'assets/pictures').mkdir(parents=True, exist_ok=True)
     (src/'assets/pictures/probe.txt').write_text('here')
-    done = subprocess.run([sys.executable, '-c', f'from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})'], cwd=src, capture_output=True, text=True)
+    def python(*args, **kw): return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+    done = python('-c', f'from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})', cwd=src)
     assert done.returncode == 0, done.stderr
     with ZipFile(next(tmp_path.glob('*.whl'))) as z: z.extractall(tmp_path/'site')
     probe = "import course_lib.core as c; print(c.__file__, c.assets_path('pictures', 'probe.txt').read_text())"
-    done = subprocess.run([sys.executable, '-S', '-c', f'import sys; sys.path[:0] = [{str(tmp_path/"site")!r}, *{sys.path!r}]; {probe}'], cwd=tmp_path, capture_output=True, text=True)
+    done = python('-S', '-c', f'import sys; sys.path[:0] = [{str(tmp_path/"site")!r}, *{sys.path!r}]; {probe}', cwd=tmp_path)
     assert done.stdout.split() == [str(tmp_path/'site/course_lib/core.py'), 'here'], done.stderr
     meta = next((tmp_path/'site').glob('*.dist-info/METADATA')).read_text()
     assert 'Requires-Python: >=3.11,<3.14' in meta and 'Requires-Dist: torch' in meta and 'nbdev==2.4.14; extra == "dev"' in meta

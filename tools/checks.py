@@ -167,16 +167,21 @@ def skipped_cells(root):
         for i, src, _ in cells(nb, 'code'):
             flags = directives(src)
             said = [flags[f] for f in flags if f in SKIP_FLAGS] + re.findall(r'^#(?!\|)\s*(.+)$', src, re.M)
-            found += [(nb.name, i, f, next((o.lstrip('# ') for o in said if o), '')) for f in flags if f in (*SKIP_FLAGS, 'notest', 'skip')]
-            if flags.get('eval', '').lower() == 'false': found.append((nb.name, i, 'blank' if re.search(r'\.\.\.', src) else 'eval: false', 'an exercise to fill in'))
+            why = next((o.lstrip('# ') for o in said if o), '')
+            found += [(nb.name, i, f, why) for f in flags if f in (*SKIP_FLAGS, 'notest', 'skip')]
+            if flags.get('eval', '').lower() == 'false': found.append((nb.name, i, 'blank' if '...' in src else 'eval: false', 'an exercise'))
     return found
 
 def skips(root):
     "Tests leave out a cell for gpu, slow or net only, each with its reason; exercises have a blank to fill in."
-    bad = [f'{nb} cell {i}: left out by `{flag}`' + (' without a reason in a comment' if flag in SKIP_FLAGS else '; only gpu, slow, net, or an exercise with a blank (...) may be')
+    bad = [f'{nb} cell {i}: left out by `{flag}`' + (' without a reason in a comment' if flag in SKIP_FLAGS else
+           '; only gpu, slow, net, or an exercise with a blank (...) may be')
            for nb, i, flag, why in skipped_cells(root) if flag not in (*SKIP_FLAGS, 'blank') or not why]
-    bad += [f'{p.name}: is left out as a whole (skip_exec)' for p in notebooks(root) if re.search(r'skip_exec:\s*true', p.read_text(encoding='utf-8'), re.I)]
+    whole = re.compile(r'skip_exec:\s*true', re.I)
+    bad += [f'{p.name}: is left out as a whole (skip_exec)' for p in notebooks(root) if whole.search(p.read_text(encoding='utf-8'))]
     return bad + [f'{p.relative_to(root)}: leaves out its folder' for p in Path(root, 'nbs').rglob('.notest')]
+
+MACHINE_PATH = re.compile(r'''(^|[\s'"(=])(/(root|home|Users|tmp|work|private|var)/|[A-Z]:\\)''', re.M)
 
 def pages(root):
     "Notebooks read well anywhere: small, no tracebacks, warnings, machine paths, widget state or html; alt text on pictures."
@@ -189,22 +194,23 @@ def pages(root):
             if re.search(r'!\[\s*\]\(', src): say(f' cell {i}: a picture without alt text')
         for i, src, cell in cells(nb, 'code'):
             for mime, shown in outputs(cell):
-                if mime.startswith('image/') and not directives(src).get('fig-alt'): say(f' cell {i}: a picture without alt text (#| fig-alt: ...)')
+                if mime.startswith('image/'):
+                    if not directives(src).get('fig-alt'): say(f' cell {i}: a picture without alt text (#| fig-alt: ...)')
+                    continue
                 if mime == 'error': say(f' cell {i}: a stored traceback')
                 if mime in ('text/html', 'application/javascript') or 'widget-view' in mime: say(f' cell {i}: an output of type {mime}')
-                if mime.startswith('image/'): continue
-                if re.search(r'Warning: ', shown): say(f' cell {i}: a warning in its output')
-                if re.search(r'(^|[\s\'"(=])(/(root|home|Users|tmp|work|private|var)/|[A-Z]:\\)', shown): say(f' cell {i}: a path of one machine in its output')
+                if 'Warning: ' in shown: say(f' cell {i}: a warning in its output')
+                if MACHINE_PATH.search(shown): say(f' cell {i}: a path of one machine in its output')
     return bad
 
-LINK = re.compile(r'\]\(([^)\s]+)[^)]*\)')
+LINK, CODE = re.compile(r'\]\(([^)\s]+)[^)]*\)'), re.compile(r'```.*?```|`[^`\n]*`', re.S)
 
 def links(root):
     "Relative links lead to files that exist."
     docs = [(p, '\n'.join(src for _, src, _ in cells(p, 'markdown'))) for p in notebooks(root)]
     docs += [(p, p.read_text(encoding='utf-8')) for p in Path(root).glob('*.md')]
-    targets = [(p, t.partition('#')[0]) for p, src in docs for t in LINK.findall(re.sub(r'```.*?```|`[^`\n]*`', '', src, flags=re.S)) if not re.match(r'[a-z]+:|#', t)]
-    return [f'{p.name}: links to {t}, which is not there' for p, t in targets if t and not (p.parent/t).exists()]
+    found = [(p, t.partition('#')[0]) for p, src in docs for t in LINK.findall(CODE.sub('', src)) if not re.match(r'[a-z]+:', t)]
+    return [f'{p.name}: links to {t}, which is not there' for p, t in found if t and not (p.parent/t).exists()]
 
 
 # --- metadata
@@ -214,14 +220,16 @@ def lock(root):
     from packaging.requirements import Requirement
     cfg = settings(root)
     have = dict(re.findall(r'^([\w.-]+)==([\w.]+)', Path(root, 'requirements-dev.lock').read_text(encoding='utf-8'), re.M))
-    asked = [Requirement(o) for o in (cfg.get('requirements', '') + ' ' + cfg.get('dev_requirements', '')).split()]
-    return [f'{r}: the lock has {have.get(r.name, "none")}; make it again (CONTRIBUTING.md)' for r in asked if not r.specifier.contains(have.get(r.name, '0'), prereleases=True) or r.name not in have]
+    asked = [Requirement(o) for key in ('requirements', 'dev_requirements') for o in cfg[key].split()]
+    fits = lambda r: r.name in have and r.specifier.contains(have[r.name], prereleases=True)
+    return [f'{r}: the lock has {have.get(r.name, "none")}; make it again (CONTRIBUTING.md)' for r in asked if not fits(r)]
 
 def owner(root):
     "The owner and the address stand in settings.ini alone (and in what nbdev makes from it)."
     cfg = settings(root)
-    files = [p for pat in ('*.md', '*.yml', '*.toml', '*.py', 'tools/*', 'tests/*.py', 'nbs/*.ipynb', 'nbs/*.yml', '.github/**/*.yaml') for p in Path(root).glob(pat) if p.is_file() and p.name != 'nbdev.yml']
-    return [f'{p.name}: names {o}' for p in files for o in (cfg['user'], cfg['git_url']) if o in p.read_text(encoding='utf-8', errors='replace')]
+    kinds = '*.md', '*.yml', '*.toml', '*.py', 'tools/*.py', 'tests/*.py', 'nbs/*.ipynb', 'nbs/_quarto.yml', '.github/**/*.yaml'
+    files = [p for kind in kinds for p in Path(root).glob(kind)]
+    return [f'{p.name}: names {o}' for p in files for o in (cfg['user'], cfg['git_url']) if o in p.read_text(encoding='utf-8')]
 
 
 CHECKS = dict(exports=exports, clean=clean, readme=readme, layers=layers, undefined=undefined, fresh_imports=fresh_imports,

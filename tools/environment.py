@@ -47,9 +47,10 @@ def check_python(version=sys.version_info):
 
 def run(*command):
     "Run one installer command: everything goes to the log, its milestones to the screen, a failure becomes one sentence."
-    lines = []
+    lines, outside = [], ('PIP_USER', 'PIP_TARGET', 'PIP_PREFIX', 'PYTHONPATH', 'PYTHONHOME', 'UV_SYSTEM_PYTHON')   # would lead out of .venv
+    env = {k: v for k, v in os.environ.items() if k not in outside}
     with open(LOG, 'a', encoding='utf-8') as log:
-        proc = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', errors='replace')
+        proc = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, encoding='utf-8', errors='replace')
         try:
             for line in proc.stdout:
                 log.write(line); lines.append(line)
@@ -59,8 +60,10 @@ def run(*command):
             code = proc.wait()
     if not code: return
     said = ''.join(lines)
-    if re.search('no space left', said, re.I): raise Failed('The disk is full: the environment needs about 6 GB (details: {}).'.format(LOG))
-    if UNREACHABLE.search(said): raise Failed('The package registry cannot be reached: check the network or the proxy, then repeat the command (details: {}).'.format(LOG))
+    if re.search('no space left', said, re.I):
+        raise Failed('The disk is full: the environment needs about 6 GB (details: {}).'.format(LOG))
+    if UNREACHABLE.search(said):
+        raise Failed('The package registry cannot be reached: check the network or the proxy, then repeat the command (details: {}).'.format(LOG))
     raise Failed('Installing failed: {} (details: {}).'.format((said.strip().splitlines() or ['no message'])[-1], LOG))
 
 
@@ -69,7 +72,7 @@ def make(want):
     uv = shutil.which('uv')
     say('Making {} with {}: about 170 packages, 6 GB on Linux; one to five minutes, the first time only.'.format(VENV, 'uv' if uv else 'pip'))
     shutil.rmtree(VENV, ignore_errors=True)
-    os.makedirs(VENV)
+    os.makedirs(VENV, exist_ok=True)
     if uv:
         run(uv, 'venv', '--quiet', '--allow-existing', '--python', sys.executable, VENV)
         run(uv, 'pip', 'sync', '--python', PYTHON, '--require-hashes', LOCK)

@@ -18,8 +18,9 @@ def title(path):
 
 def lessons(nbs):
     "The table of lessons: number, linked title, subtitle; notebooks without a number come last."
-    paths = sorted((p for p in nbs.glob('*.ipynb') if p.name != 'index.ipynb' and p.name[0] not in '._'), key=lambda p: (not p.name[0].isdigit(), p.name))
-    rows = [(p.name.split('_')[0] if p.name[0].isdigit() else '', p, *title(p)) for p in paths]
+    paths = [p for p in nbs.glob('*.ipynb') if p.name != 'index.ipynb' and p.name[0] not in '._']
+    number = lambda p: p.name.split('_')[0] if p.name[0].isdigit() else ''
+    rows = [(number(p), p, *title(p)) for p in sorted(paths, key=lambda p: (not number(p), p.name))]
     return '\n'.join([TABLE, *(f'| {no} | [{head}]({p.name}) | {sub} |' for no, p, head, sub in rows)])
 
 def index(nbs):
@@ -41,7 +42,8 @@ def complaints(root):
     bad = [] if old == new else ['nbs/index.ipynb: its table of lessons is not that of nbs/; run python tools/readme.py']
     if not any(''.join(c['source']).startswith(TABLE) for c in new['cells']): bad.append('nbs/index.ipynb: has no table of lessons')
     bad += [] if all(c['cell_type'] == 'markdown' for c in new['cells']) else ['nbs/index.ipynb: holds more than text, which README.md would lack']
-    return bad + ([] if Path(root, 'README.md').read_text(encoding='utf-8') == markdown(new) else ['README.md: not what nbs/index.ipynb says; run python tools/readme.py'])
+    same = Path(root, 'README.md').read_text(encoding='utf-8') == markdown(new)
+    return bad + ([] if same else ['README.md: not what nbs/index.ipynb says; run python tools/readme.py'])
 
 if __name__ == '__main__':
     root = Path(__file__).resolve().parent.parent

@@ -10,6 +10,7 @@ from pathlib import Path
 import checks
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNNING = set()   # notebooks to end on Ctrl-C
 LIMIT = float(os.environ.get('COURSE_TEST_LIMIT') or 300)
 ONE = '''import sys
 from pathlib import Path
@@ -23,14 +24,18 @@ def offline(tmp, **kw):
     "The environment of a test: no data folder, a dead proxy in place of the network, outputs thrown away."
     env = {k: v for k, v in os.environ.items() if k not in ('COURSE_SCALE', 'PYTHONWARNINGS')}
     dead = dict.fromkeys(('http_proxy', 'https_proxy', 'all_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY'), 'http://127.0.0.1:9')
-    return dict(env, IN_TEST='1', COURSE_DATA=f'{tmp}/no-data', COURSE_OUT=f'{tmp}/out', HF_HUB_OFFLINE='1', no_proxy='localhost,127.0.0.1', **dead, **kw)
+    return dict(env, IN_TEST='1', COURSE_DATA=f'{tmp}/no-data', COURSE_OUT=f'{tmp}/out', HF_HUB_OFFLINE='1',
+                no_proxy='localhost,127.0.0.1', **dead, **kw)
 
 def run_checks(root=ROOT):
     "The checks that complained."
     failed = []
     for name, check in checks.CHECKS.items():
-        start, bad = time.time(), check(root)
-        print(f'{"FAILED" if bad else "ok":7}{name:16}{time.time()-start:5.1f} s  {check.__doc__}', *(f'       - {o}' for o in bad), sep='\n', flush=True)
+        start = time.time()
+        try: bad = check(root)
+        except Exception as e: bad = [f'the check itself stopped: {type(e).__name__}: {e}']
+        print(f'{"FAILED" if bad else "ok":7}{name:16}{time.time()-start:5.1f} s  {check.__doc__}', flush=True)
+        for o in bad: print(f'       - {o}', flush=True)
         if bad: failed.append(name)
     skipped = [o for o in checks.skipped_cells(root) if o[2] != 'blank']
     print(f'{len(skipped)} cells are left out by tests:' if skipped else 'No cell is left out by tests.')
@@ -41,7 +46,7 @@ def stop(proc):
     "Interrupt, so that the traceback names the cell; then end the notebook and all its children."
     for sig, wait in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
         try: os.killpg(proc.pid, sig)
-        except ProcessLookupError: return
+        except (ProcessLookupError, PermissionError): return   # nothing of it is left
         try: proc.wait(wait)
         except subprocess.TimeoutExpired: pass
 
@@ -49,14 +54,16 @@ def run_notebook(path, env, limit=LIMIT):
     "Run one notebook as nbdev_test does, in a process of its own: (name, seconds, what went wrong or '')."
     start = time.time()
     with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
-        proc = subprocess.Popen([sys.executable, '-c', ONE, str(path)], cwd=path.parent, env=env, stdout=log, stderr=log, start_new_session=True)
+        command = [sys.executable, '-c', ONE, str(path)]
+        proc = subprocess.Popen(command, cwd=path.parent, env=env, stdout=log, stderr=log, start_new_session=True)
+        RUNNING.add(proc)
         try: wrong = 'failed' if proc.wait(limit) else ''
         except subprocess.TimeoutExpired: wrong = f'STOPPED: still running after {limit:.0f} s'
-        finally: stop(proc)
+        finally: stop(proc); RUNNING.discard(proc)
         log.seek(0)
         said = log.read()[-6000:] if wrong else ''
     seconds = time.time() - start
-    print(f'{"FAILED" if wrong else "ok":7}{path.name:32}{seconds:6.1f} s  {wrong}', *([said] if said.strip() else []), sep='\n' if said.strip() else '', flush=True)
+    print(f'{"FAILED" if wrong else "ok":7}{path.name:32}{seconds:6.1f} s  {wrong}\n{said}'.rstrip(), flush=True)
     return path.name, seconds, wrong
 
 def run_notebooks(names=(), root=ROOT, limit=LIMIT):
@@ -65,8 +72,12 @@ def run_notebooks(names=(), root=ROOT, limit=LIMIT):
     threads = str(max(1, (os.cpu_count() or 2)//2))
     with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(2) as pool:
         env = offline(tmp, OMP_NUM_THREADS=threads, PYTHONPATH=str(root))
-        results = list(pool.map(lambda p: run_notebook(p, env, limit), paths))
-    return [name for name, _, wrong in results if wrong]
+        try: results = list(pool.map(lambda p: run_notebook(p, env, limit), paths))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for proc in list(RUNNING): stop(proc)
+            raise
+    return [name for name, _, wrong in results if wrong] + [f'no notebook {n}' for n in set(names) - {p.stem for p in paths}]
 
 def run_pytest(root=ROOT):
     with tempfile.TemporaryDirectory() as tmp:
@@ -75,10 +86,13 @@ def run_pytest(root=ROOT):
 
 def main(args):
     start, failed, everything = time.time(), [], not args
+    names = [a.removesuffix('.ipynb') for a in args if a not in ('checks', 'notebooks', 'pytest')]
     if everything or 'checks' in args: failed += run_checks()
-    if everything or 'notebooks' in args: failed += run_notebooks([a.removesuffix('.ipynb') for a in args if a not in ('checks', 'notebooks', 'pytest')])
+    if everything or 'notebooks' in args: failed += run_notebooks(names)
     print(f'{time.time()-start:.0f} s so far.', flush=True)
     if everything or 'pytest' in args: failed += run_pytest()
     if failed: sys.exit(f'Failed: {", ".join(failed)} ({time.time()-start:.0f} s).')
 
-if __name__ == '__main__': main(sys.argv[1:])
+if __name__ == '__main__':
+    try: main(sys.argv[1:])
+    except KeyboardInterrupt: sys.exit('Stopped by Ctrl-C.')
