@@ -117,6 +117,25 @@ def test_a_wheel_brings_its_assets(root, tmp_path):
     meta = next((tmp_path/'site').glob('*.dist-info/METADATA')).read_text()
     assert 'Requires-Python: >=3.11,<3.14' in meta and 'Requires-Dist: torch' in meta and 'nbdev==2.4.14; extra == "dev"' in meta
 
+@posix
+@pytest.mark.timeout(600)
+def test_the_site_can_be_staged(root, tmp_path):
+    "All of `make docs` but Quarto itself: nbdev imports the modules and writes the pages that Quarto would render."
+    site, quarto = tmp_path/'a site', tmp_path/'bin/quarto'
+    site.mkdir(), quarto.parent.mkdir()
+    for name in 'settings.ini', 'pyproject.toml', '_quarto.yml': shutil.copy(root/name, site)
+    for name in 'nbs', 'course_lib', 'assets', 'tools':
+        shutil.copytree(root/name, site/name, ignore=shutil.ignore_patterns('out', '__pycache__', '.ipynb_checkpoints'))
+    quarto.write_text(f'#!/bin/sh\n"{sys.executable}" ../tools/stage_assets.py && mkdir _docs && touch _docs/index.html\n')
+    quarto.chmod(0o755)
+    env = dict(os.environ, PATH=f"{quarto.parent}:{os.environ['PATH']}")
+    done = subprocess.run([sys.executable, 'tools/docs.py'], cwd=site, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and 'The site is in _docs' in done.stdout, done.stdout + done.stderr
+    pages = sorted(p.name for p in (site/'_proc').glob('*.ipynb'))
+    assert pages == sorted(p.name for p in (site/'nbs').glob('[!_]*.ipynb'))
+    assert not any('../assets/' in (site/'_proc'/p).read_text(encoding='utf-8') for p in pages)
+    assert (site/'_proc/assets').is_dir() and (site/'_docs/index.html').exists()
+
 def test_the_site_brings_its_assets(root, tmp_path):
     (tmp_path/'assets').mkdir()
     (tmp_path/'assets/a.txt').touch()
