@@ -144,14 +144,14 @@ def inside_polygon(
         inside ^= spans[:, :, None] & (pixel < x[:, :, None])
     return inside
 
-# %% ../nbs/02_data.ipynb #010-27e60790
+# %% ../nbs/02_data.ipynb #010-e01b1fad
 def _draw(parts, n, rng, size=28):
     angle, shear = rng.normal(0, .07, (2, n))
     turn = np.stack([np.cos(angle), np.sin(angle) + shear, -np.sin(angle), np.cos(angle)], -1).reshape(n, 2, 2)
-    turn *= rng.uniform(.72, 1.08, (n, 1, 2))
-    shift, im = rng.uniform(-.1, .1, (n, 1, 2)), np.zeros((n, 2 * size, 2 * size))
+    turn *= rng.uniform(.65, 1.08, (n, 1, 2)) * np.stack([rng.choice((-1, 1), n), np.ones(n)], -1)[:, None]   # half of them mirrored
+    shift, im = rng.uniform(-.16, .16, (n, 1, 2)), np.zeros((n, 2 * size, 2 * size))
     for shade, outline in parts:
-        corners = np.array(outline) + rng.normal(0, .035, (n, len(outline), 2))
+        corners = np.array(outline) + rng.normal(0, .05, (n, len(outline), 2))
         im[inside_polygon(corners @ turn + shift, 2 * size)] = shade
     return im.reshape(n, size, 2, size, 2).mean((2, 4))
 
@@ -159,7 +159,7 @@ def _weave(im, rng):
     n, size, _ = im.shape
     tone, depth, freq, phase = rng.uniform((.3, 0, .3, 0), (1, .35, 2.5, 6.3), (n, 4)).T[..., None, None]
     stripes = 1 - depth * (1 + np.sin(freq * np.arange(size)[:, None] + phase)) / 2
-    return (im * tone * stripes + rng.normal(0, .04, im.shape)).clip(0, 1)
+    return (im * tone * stripes + rng.normal(0, .07, im.shape)).clip(0, 1)
 
 def micro_fashion(
     n=1000,  # how many; the classes are as even as can be
