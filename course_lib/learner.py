@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['CANCELS', 'EVENTS', 'ACTIONS', 'FORWARD', 'UPDATE', 'Line', 'synth_dls', 'CancelBatchException',
            'CancelEpochException', 'CancelFitException', 'Callback', 'dispatch', 'TrainCB', 'find_actions',
-           'batch_steps', 'Learner', 'synth_learner', 'MomentumCB']
+           'batch_steps', 'cleanup', 'Calls', 'Learner', 'synth_learner', 'MomentumCB']
 
-# %% ../nbs/10_learner.ipynb #005-f2dd0132
-from contextlib import ExitStack
+# %% ../nbs/10_learner.ipynb #005-019a0221
 from difflib import get_close_matches
 from operator import attrgetter
 
@@ -52,14 +51,15 @@ EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_
           'after_batch', 'after_epoch', 'after_fit', 'cleanup_batch', 'cleanup_epoch', 'cleanup_fit')
 ACTIONS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
 
-# %% ../nbs/10_learner.ipynb #042-ec8867f1
+# %% ../nbs/10_learner.ipynb #042-76b7de65
 class Callback:
     "Methods named after an event are called at that event, with the learner; lower `order` first."
     order = 0
     def __init_subclass__(cls):
-        for name in vars(cls):
-            near = get_close_matches(name, EVENTS, n=1, cutoff=0 if name.startswith(('before_', 'after_', 'cleanup_')) else 0.8)
-            if near and name not in EVENTS: raise ValueError(f'{cls.__name__}.{name} is no event; the nearest is {near[0]}, all are in EVENTS')
+        for name in set(vars(cls)) - set(EVENTS):
+            claims = name.startswith(('before_', 'after_', 'cleanup_'))   # meant as an event, however far from one
+            near = get_close_matches(name, EVENTS, n=1, cutoff=0 if claims else 0.8)
+            if near and name[0] != '_': raise ValueError(f'{cls.__name__}.{name} is no event; nearest: {near[0]}, all: EVENTS')
 
 # %% ../nbs/10_learner.ipynb #049-2da4b67a
 def dispatch(
@@ -72,7 +72,15 @@ def dispatch(
     cbs = sorted(cbs, key=attrgetter('order'))
     return {e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in events}
 
-# %% ../nbs/10_learner.ipynb #053-9bc9faa3
+# %% ../nbs/10_learner.ipynb #053-759c7a00
+def _bad_batch(
+    batch,  # what came from the data loader
+    n_inp,  # how many inputs it should have
+) -> Exception:
+    "The error to raise for a batch that `TrainCB` can't take apart."
+    if isinstance(batch, (tuple, list)): return ValueError(f'n_inp is {n_inp}, but the batch has only {len(batch)} part(s)')
+    return TypeError(f'a batch must be a tuple or list of its parts, got {type(batch).__name__}')
+
 class TrainCB(Callback):
     "Plain training: the first `n_inp` parts of a batch go to the model, the rest to the loss."
     def __init__(
@@ -81,8 +89,7 @@ class TrainCB(Callback):
     ): self.n_inp = n_inp
     def predict(self, learn):
         batch, n = learn.batch, self.n_inp
-        if not isinstance(batch, (tuple, list)): raise TypeError(f'a batch must be a tuple or list of its parts, got {type(batch).__name__}')
-        if len(batch) < n: raise ValueError(f'n_inp is {n}, but the batch has only {len(batch)} part(s)')
+        if not isinstance(batch, (tuple, list)) or len(batch) < n: raise _bad_batch(batch, n)
         learn.preds = learn.model(*batch[:n])
     def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *learn.batch[self.n_inp:])
     def backward(self, learn): learn.loss.backward()
@@ -110,7 +117,37 @@ def batch_steps(
     "All that a batch does between `before_batch` and `after_batch`."
     return tuple(f for name in (('zero_grad', *FORWARD, *UPDATE) if training else FORWARD) for f in table[name])
 
-# %% ../nbs/10_learner.ipynb #063-26e1434a
+# %% ../nbs/10_learner.ipynb #063-4b85b639
+def cleanup(
+    methods,  # bound methods of callbacks, in order
+    learn,    # their argument
+):
+    "Call all of them, last first, even if some fail."
+    if not methods: return
+    try: methods[-1](learn)
+    finally: cleanup(methods[:-1], learn)
+
+# %% ../nbs/10_learner.ipynb #067-2320d27c
+class Calls:
+    "Who is called when during one fit: looked up once, walked in every batch."
+    def __init__(
+        self,
+        cbs,  # callbacks
+    ):
+        self.on = dispatch(cbs, EVENTS) | find_actions(cbs)
+        self.steps = {training: batch_steps(self.on, training) for training in (True, False)}
+    def run(self, event, learn):
+        for f in self.on[event]: f(learn)
+    def around(self, level, learn, body):
+        "Before, body, after, unless cancelled; cleanup whatever happens."
+        try:
+            self.run(f'before_{level}', learn)
+            body()
+            self.run(f'after_{level}', learn)
+        except CANCELS[level]: pass
+        finally: cleanup(self.on[f'cleanup_{level}'], learn)
+
+# %% ../nbs/10_learner.ipynb #071-a5187384
 class Learner:
     "Holds a model, its data, a loss function and an optimizer, and calls callbacks at every event of training."
     def __init__(
@@ -120,7 +157,7 @@ class Learner:
         loss_func=F.mse_loss,      # loss_func(preds, *rest of the batch) -> scalar tensor
         lr=0.1,                    # learning rate, given to `opt_func`
         cbs=(),                    # callbacks for every fit; one must train, `TrainCB` does
-        opt_func=torch.optim.SGD,  # opt_func(parameters, lr=lr) -> optimizer; a new one for every fit that trains
+        opt_func=torch.optim.SGD,  # opt_func(parameters, lr=lr) -> optimizer, a new one for every fit
     ):
         self.model, self.dls, self.loss_func, self.opt_func = model, dls, loss_func, opt_func
         self.lr, self.cbs, self.opt, self.fitting = lr, list(cbs), None, False
@@ -134,19 +171,17 @@ class Learner:
         lr=None,     # another learning rate, for this fit only
     ):
         "Train and validate for `n_epochs`; cleanup events run whatever happens."
-        if self.fitting: raise RuntimeError('this learner is in a fit already; inside a callback, fit another Learner')
-        self._look_up([*self.cbs, *cbs])
+        if self.fitting: raise RuntimeError('this learner is in a fit; a callback may fit another Learner')
+        self.active_cbs = sorted([*self.cbs, *cbs], key=attrgetter('order'))
+        self.calls = Calls(self.active_cbs)
         self.n_epochs, self.epochs = n_epochs, range(n_epochs)
         self.trains, self.validates = train, valid and self.dls.valid is not None
-        if train: self.opt = self.opt_func([p for p in self.model.parameters() if p.requires_grad], lr=self.lr if lr is None else lr)
+        if train: self.opt = self._new_opt(self.lr if lr is None else lr)
         self.fitting = True
-        try: self._around('fit', self._fit)
+        try: self.calls.around('fit', self, self._fit)
         finally: self.fitting = False
 
-    def _look_up(self, cbs):
-        self.active_cbs = sorted(cbs, key=attrgetter('order'))
-        self._on = dispatch(cbs, EVENTS) | find_actions(cbs)
-        self._steps = {training: batch_steps(self._on, training) for training in (True, False)}
+    def _new_opt(self, lr): return self.opt_func([p for p in self.model.parameters() if p.requires_grad], lr=lr)
 
     def _fit(self):
         for self.epoch in self.epochs:
@@ -156,31 +191,15 @@ class Learner:
     def _epoch(self, training):
         self.training, self.dl = training, self.dls.train if training else self.dls.valid
         self.model.train(training)
-        with torch.set_grad_enabled(training): self._around('epoch', self._batches)
+        with torch.set_grad_enabled(training): self.calls.around('epoch', self, self._batches)
 
     def _batches(self):
-        for self.iter, self.batch in enumerate(self.dl): self._around('batch', self._batch)
+        for self.iter, self.batch in enumerate(self.dl): self.calls.around('batch', self, self._batch)
 
     def _batch(self):
-        for f in self._steps[self.training]: f(self)
+        for f in self.calls.steps[self.training]: f(self)
 
-    def _around(self, level, body):
-        try:
-            self._run(f'before_{level}')
-            body()
-            self._run(f'after_{level}')
-        except CANCELS[level]: pass
-        finally: self._cleanup(f'cleanup_{level}')
-
-    def _run(self, event):
-        for f in self._on[event]: f(self)
-
-    def _cleanup(self, event):
-        if not self._on[event]: return
-        with ExitStack() as stack:   # runs all of them, last in first out, even if one fails
-            for f in self._on[event]: stack.callback(f, self)
-
-# %% ../nbs/10_learner.ipynb #065-789d9cbc
+# %% ../nbs/10_learner.ipynb #073-789d9cbc
 def synth_learner(
     cbs=(),     # callbacks beside TrainCB
     lr=0.1,     # learning rate
@@ -189,7 +208,7 @@ def synth_learner(
     "A Learner that finds a line within milliseconds: for trying callbacks."
     return Learner(Line(), synth_dls(**dls_args), F.mse_loss, lr=lr, cbs=[TrainCB(), *cbs])
 
-# %% ../nbs/10_learner.ipynb #105-a65617d1
+# %% ../nbs/10_learner.ipynb #115-a65617d1
 class MomentumCB(Callback):
     "Momentum with any optimizer: keep part of the gradient instead of zeroing it."
     order = 1   # above TrainCB, whose zero_grad it replaces
