@@ -6,7 +6,7 @@ PY := .venv/bin/python
 .DEFAULT_GOAL := demo
 
 demo: env  ## paint a photograph in a style: run lesson 33 from top to bottom
-	@$(PY) -m course_lib.cli run 33_style_transfer --out out/demo
+	@.venv/bin/course run 33_style_transfer --out out/demo
 	@echo "To go through the lessons yourself, type: make lab"
 
 test: env  ## everything that must hold: repository checks, all notebooks, pytest

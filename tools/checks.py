@@ -169,7 +169,9 @@ def skipped_cells(root):
             said = [flags[f] for f in flags if f in SKIP_FLAGS] + re.findall(r'^#(?!\|)\s*(.+)$', src, re.M)
             why = next((o.lstrip('# ') for o in said if o), '')
             found += [(nb.name, i, f, why) for f in flags if f in (*SKIP_FLAGS, 'notest', 'skip')]
-            if flags.get('eval', '').lower() == 'false': found.append((nb.name, i, 'blank' if '...' in src else 'eval: false', 'an exercise'))
+            if flags.get('eval', '').lower() == 'false':
+                kind = 'blank' if '...' in src or "if __name__ == '__main__'" in src else 'eval: false'   # or a module's entry point
+                found.append((nb.name, i, kind, 'an exercise'))
     return found
 
 def skips(root):
