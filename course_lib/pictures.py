@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'FORMATS', 'PHOTOS', 'picture_bytes', 'decoding', 'open_picture', 'upright', 'orientation', 'levels',
-           'over_white', 'to_rgb', 'new_size', 'resize', 'shrink_factor', 'check_pixels', 'decode_fast', 'decode_slow',
-           'read_image', 'photo_names', 'photo', 'style_paths', 'style_names', 'style_image', 'find_picture']
+           'over_white', 'to_rgb', 'new_size', 'resize', 'shrink_factor', 'check_pixels', 'decode', 'read_image',
+           'warn_frames', 'photo_names', 'photo', 'style_paths', 'style_names', 'style_image', 'find_picture']
 
-# %% ../nbs/08_pictures.ipynb #003-2e931d14
-import io, math, struct, threading, warnings, zlib
+# %% ../nbs/08_pictures.ipynb #003-6d18bee9
+import io, struct, threading, warnings, zlib
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_image
 
 from .core import assets_path, data_path
 
-# %% ../nbs/08_pictures.ipynb #019-fd062b9e
+# %% ../nbs/08_pictures.ipynb #021-fd062b9e
 def picture_bytes(
     source,  # a path, or the bytes of a file
 ):           # (name for messages, bytes)
@@ -32,8 +31,9 @@ def picture_bytes(
     if not path.is_file(): raise FileNotFoundError(f'there is no picture file {path}')
     return path.name, path.read_bytes()
 
-# %% ../nbs/08_pictures.ipynb #022-765fc807
-BROKEN = OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, struct.error, zlib.error, RuntimeError, Image.DecompressionBombError
+# %% ../nbs/08_pictures.ipynb #024-83cd39f0
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, RuntimeError,
+          struct.error, zlib.error, Image.DecompressionBombError)
 
 @contextmanager
 def decoding(
@@ -41,10 +41,11 @@ def decoding(
 ):
     "Turn whatever a decoder raises into one `ValueError`."
     try: yield
-    except UnidentifiedImageError: raise ValueError(f'{name} is not a picture in a known format ({", ".join(FORMATS)})') from None
+    except UnidentifiedImageError:
+        raise ValueError(f'{name} is not a picture in a known format ({", ".join(FORMATS)})') from None
     except BROKEN as e: raise ValueError(f'{name} is damaged or cut short ({e})') from None
 
-# %% ../nbs/08_pictures.ipynb #024-1693852d
+# %% ../nbs/08_pictures.ipynb #026-1693852d
 FORMATS = 'JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'TIFF', 'BMP', 'PPM', 'AVIF', 'JPEG2000'
 _one_at_a_time = threading.Lock()
 
@@ -60,8 +61,9 @@ def open_picture(
         try: return Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
         finally: Image.MAX_IMAGE_PIXELS = limit
 
-# %% ../nbs/08_pictures.ipynb #029-4ec2f52f
-_TURNS = {1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)), 5: (True, ()), 6: (True, (-1,)), 7: (True, (-2, -1)), 8: (True, (-2,))}
+# %% ../nbs/08_pictures.ipynb #031-508b7e5c
+_TURNS = {1: (False, ()), 2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)),
+          5: (True, ()),  6: (True, (-1,)),  7: (True, (-2, -1)),  8: (True, (-2,))}
 
 def upright(
     x,     # ...xHxW tensor as stored
@@ -72,15 +74,16 @@ def upright(
     if swap: x = x.transpose(-1, -2)
     return x.flip(flips) if flips else x
 
-# %% ../nbs/08_pictures.ipynb #034-b9f97097
+# %% ../nbs/08_pictures.ipynb #036-8daa4324
 def orientation(
     im,     # opened by Pillow
 ) -> int:   # 1 to 8; 1 if there is none, or none that can be read
-    "The EXIF orientation."
+    "The EXIF orientation that is still to be applied."
+    if im.format == 'TIFF': return 1   # already done
     try: return im.getexif().get(0x0112, 1)
     except BROKEN: return 1
 
-# %% ../nbs/08_pictures.ipynb #037-c830a085
+# %% ../nbs/08_pictures.ipynb #039-3205009d
 def levels(
     a,  # array of any number type, HxW or HxWxC
 ):      # CxHxW float32 tensor in [0,1]
@@ -89,18 +92,19 @@ def levels(
         a = np.nan_to_num(a.astype(np.float32), posinf=0, neginf=0)
         if a.min() < 0 or a.max() > 1: a = (a - a.min()) / (a.max() - a.min() or 1)
     elif a.dtype.kind == 'b': a = a.astype(np.float32)
-    else: a = a / np.float32(np.iinfo(a.dtype).max if a.dtype.itemsize < 4 else max(65535, a.max()))   # Pillow keeps some 16-bit files in 32 bits
+    else:   # Pillow keeps some 16-bit files in 32 bits
+        a = a / np.float32(np.iinfo(a.dtype).max if a.dtype.itemsize < 4 else max(65535, a.max()))
     x = torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))
     return x.permute(2, 0, 1) if x.ndim == 3 else x[None]
 
-# %% ../nbs/08_pictures.ipynb #040-94b7fc31
+# %% ../nbs/08_pictures.ipynb #042-94b7fc31
 def over_white(
     x,  # 4xHxW in [0,1]: red, green, blue, alpha
 ):      # 3xHxW
     "Lay a transparent picture over white."
     return x[:3] * x[3:] + (1 - x[3:])
 
-# %% ../nbs/08_pictures.ipynb #044-e5d1bacc
+# %% ../nbs/08_pictures.ipynb #046-e5d1bacc
 def to_rgb(
     im,  # opened by Pillow, any mode
 ):       # 3xHxW float32 in [0,1]
@@ -109,14 +113,15 @@ def to_rgb(
     if im.has_transparency_data: return over_white(levels(np.asarray(im.convert('RGBA'))))
     return levels(np.asarray(im.convert('RGB')))
 
-# %% ../nbs/08_pictures.ipynb #051-dc99d4ec
+# %% ../nbs/08_pictures.ipynb #053-a668855a
 def new_size(
     h, w,  # as it is
     size,  # longest side, or (height, width)
 ):         # (height, width)
     "The size a picture gets."
     hw = size if isinstance(size, (tuple, list)) else (h * size / max(h, w), w * size / max(h, w))
-    if len(hw) != 2 or min(hw) <= 0 or max(hw) < 1: raise ValueError(f'size is the longest side or (height, width), at least 1; got {size}')
+    if len(hw) != 2 or min(hw) <= 0 or max(hw) < 1:
+        raise ValueError(f'size is the longest side or (height, width), at least 1; got {size}')
     return tuple(max(1, round(o)) for o in hw)
 
 def resize(
@@ -129,7 +134,7 @@ def resize(
     y = F.interpolate(x if x.ndim == 4 else x[None], size=hw, mode='bilinear', antialias=True)
     return y if x.ndim == 4 else y[0]
 
-# %% ../nbs/08_pictures.ipynb #058-cdacb4ff
+# %% ../nbs/08_pictures.ipynb #060-cdacb4ff
 def shrink_factor(
     im,    # opened by Pillow
     hw,    # (height, width) wanted, in the stored orientation; None for all of it
@@ -137,7 +142,7 @@ def shrink_factor(
     "How many times smaller the picture may be decoded."
     return 1 if hw is None else max(1, int(min(im.height / hw[0], im.width / hw[1]) / 2))
 
-# %% ../nbs/08_pictures.ipynb #061-70bc7dc7
+# %% ../nbs/08_pictures.ipynb #063-02a4ca5f
 def check_pixels(
     im,          # opened by Pillow, after `draft`
     max_pixels,  # at most so many are decoded
@@ -146,37 +151,27 @@ def check_pixels(
     "Refuse what would fill the memory."
     n = im.width * im.height
     if n <= max_pixels: return
-    raise ValueError(f'{name} has {im.width} x {im.height} = {n / 1e6:,.0f} million pixels to decode; the limit is {max_pixels / 1e6:,.0f} million. '
-                     'A JPEG can be read smaller with size=; otherwise raise max_pixels')
+    raise ValueError(f'{name} has {im.width} x {im.height} = {n / 1e6:,.0f} million pixels to decode; the limit is '
+                     f'{max_pixels / 1e6:,.0f} million. A JPEG can be read smaller with size=; otherwise raise max_pixels')
 
-# %% ../nbs/08_pictures.ipynb #063-26957a6f
-def decode_fast(
-    im,    # opened by Pillow: for its header
-    data,  # the file's bytes
-):         # 3xHxW float32 in [0,1]; None where Pillow should do it
-    "Decode plain RGB straight to a tensor."
-    if im.format not in ('JPEG', 'PNG') or im.mode != 'RGB' or im.has_transparency_data: return None
-    try: x = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError: return None
-    return x.float() / torch.iinfo(x.dtype).max   # 16 bits a channel come as uint16
-
-def decode_slow(
+# %% ../nbs/08_pictures.ipynb #065-7ec07688
+def decode(
     im,          # opened by Pillow
     factor,      # so many times smaller is enough
     max_pixels,  # at most so many are decoded
     name,        # for messages
-):               # 3xHxW float32 in [0,1]
-    "Decode with Pillow, shrinking on the way."
+):               # 3xHxW float32 in [0,1], as stored
+    "The pixels, shrunk on the way where that is allowed."
     w = im.width
     if factor > 1: im.draft(im.mode, (im.width // factor, im.height // factor))
     check_pixels(im, max_pixels, name)
     with decoding(name):
         im.load()
-        rest = factor * im.width // w
+        rest = factor * im.width // w   # what draft could not do
         if rest > 1 and im.mode in ('L', 'RGB', 'CMYK', 'RGBA'): im = im.reduce(rest)
         return to_rgb(im)
 
-# %% ../nbs/08_pictures.ipynb #065-c5797a15
+# %% ../nbs/08_pictures.ipynb #067-c32e2ab6
 def read_image(
     source,                  # a path, or the bytes of a file
     size=None,               # longest side, or (height, width); as it is if None
@@ -186,18 +181,25 @@ def read_image(
     "Read any picture: JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF..., in any mode."
     name, data = picture_bytes(source)
     im = open_picture(data, name)
-    frames, turn = getattr(im, 'n_frames', 1), orientation(im)
-    if frames > 1 and im.format != 'MPO': warnings.warn(f'{name} has {frames} frames; the first is read', stacklevel=2)
-    h, w = (im.width, im.height) if turn in (5, 6, 7, 8) else (im.height, im.width)
-    hw = new_size(h, w, size or max(h, w))
-    if min(h, w, *hw) < min_size: raise ValueError(f'{name} is {w} x {h} pixels, read at {hw[1]} x {hw[0]}; its shorter side must be at least {min_size}')
-    factor = shrink_factor(im, hw[::-1] if turn in (5, 6, 7, 8) else hw)
-    x = decode_fast(im, data) if factor == 1 and w * h <= max_pixels else None
-    return resize(upright(decode_slow(im, factor, max_pixels, name) if x is None else x, turn), hw).contiguous()
+    warn_frames(im, name)
+    turn = orientation(im)
+    swap = slice(None, None, -1 if turn in (5, 6, 7, 8) else 1)   # stored lying: height and width change places
+    h, w = (im.height, im.width)[swap]
+    hw = new_size(h, w, max(h, w) if size is None else size)
+    if min(h, w, *hw) < min_size:
+        raise ValueError(f'{name} is {w} x {h} pixels, read at {hw[1]} x {hw[0]}; its shorter side must be at least {min_size}')
+    x = decode(im, shrink_factor(im, hw[swap]), max_pixels, name)
+    return resize(upright(x, turn), hw).contiguous()
 
-# %% ../nbs/08_pictures.ipynb #080-db12500a
-PHOTOS = dict(astronaut='astronaut.png', brick='brick.png', camera='camera.png', chelsea='chelsea.png', coffee='coffee.png', coins='coins.png', grass='grass.png',
-              gravel='gravel.png', hubble_deep_field='hubble_deep_field.jpg', moon='moon.png', motorcycle='motorcycle_left.png', retina='retina.jpg', rocket='rocket.jpg')
+def warn_frames(im, name):
+    "Say that only the first frame of an animation is read."
+    with decoding(name): frames = getattr(im, 'n_frames', 1)
+    if frames > 1 and im.format != 'MPO': warnings.warn(f'{name} has {frames} frames; the first is read', stacklevel=3)
+
+# %% ../nbs/08_pictures.ipynb #083-956b1444
+PHOTOS = dict(astronaut='astronaut.png', brick='brick.png', camera='camera.png', chelsea='chelsea.png', coffee='coffee.png',
+              coins='coins.png', grass='grass.png', gravel='gravel.png', hubble_deep_field='hubble_deep_field.jpg', moon='moon.png',
+              motorcycle='motorcycle_left.png', retina='retina.jpg', rocket='rocket.jpg')
 
 def _photo_path(file): return Path(find_spec('skimage').origin).parent/'data'/file
 
@@ -213,13 +215,14 @@ def photo(
     if name not in photo_names(): raise ValueError(f'there is no photo {name!r}; there are {", ".join(photo_names())}')
     return read_image(_photo_path(PHOTOS[name]), size)
 
-# %% ../nbs/08_pictures.ipynb #083-aa5afeb2
+# %% ../nbs/08_pictures.ipynb #086-a1fcfe63
 def style_paths() -> dict:  # name -> path; the embedded ones first
     "The style pictures there are."
     folders = assets_path('pictures'), data_path('pictures')
-    files = [o for d in folders if d.is_dir() for o in sorted(d.iterdir()) if o.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp')]
+    files = [o for d in folders if d.is_dir() for o in sorted(d.iterdir())]
     paths = {}
-    for o in files: paths.setdefault(o.stem, o)
+    for o in files:
+        if o.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp'): paths.setdefault(o.stem, o)
     return paths
 
 def style_names() -> list:  # of strings
@@ -235,16 +238,14 @@ def style_image(
     if name not in paths: raise ValueError(f'there is no style picture {name!r}; there are {", ".join(paths)}')
     return read_image(paths[name], size)
 
-# %% ../nbs/08_pictures.ipynb #088-bc2c9002
+# %% ../nbs/08_pictures.ipynb #091-6e179e23
 def find_picture(
-    what,               # name of a style picture or a photo, or a path
-    size=256,           # longest side, or (height, width); None for the file's own
-    min_size=1,         # refuse a picture whose shorter side is below this
-) -> torch.Tensor:      # 3xHxW in [0,1]
+    what,        # name of a style picture or a photo, or a path
+    size=256,    # longest side, or (height, width); None for the file's own
+    min_size=1,  # refuse a picture whose shorter side is below this
+) -> torch.Tensor:  # 3xHxW in [0,1]
     "A picture by name or by path; a file of that name comes first."
-    if not Path(what).is_file():
-        if what in style_paths(): return style_image(what, size)
-        if what in photo_names(): return photo(what, size)
-        if not Path(what).suffix and not Path(what).exists():
-            raise FileNotFoundError(f'{what!r} is neither a file nor a known name: {", ".join([*style_names(), *photo_names()])}')
-    return read_image(what, size, min_size)
+    known = {k: _photo_path(PHOTOS[k]) for k in photo_names()} | style_paths()
+    if not Path(what).suffix and not Path(what).exists() and what not in known:
+        raise FileNotFoundError(f'{what!r} is neither a file nor a known name: {", ".join(known)}')
+    return read_image(what if Path(what).is_file() else known.get(str(what), what), size, min_size)
