@@ -1,0 +1,174 @@
+"A training that is killed goes on as if nothing had happened: to the last bit, in a process of its own each time."
+import os, signal, subprocess, sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from course_lib.callbacks import CheckpointCB, load_state, save_state
+from course_lib.core import set_seed
+from course_lib.data import DataLoaders
+from course_lib.learner import Callback, Learner, TrainCB, synth_dls
+
+RUN = '''
+import sys, time, torch
+from functools import partial
+from torch import nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from course_lib.callbacks import BatchSchedCB, CheckpointCB, MetricsCB, ProgressCB, RecorderCB, accuracy, save_state
+from course_lib.core import set_seed
+from course_lib.data import DataLoaders
+from course_lib.learner import Callback, Learner, MomentumCB, TrainCB
+
+checkpoint, result, seed, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+torch.set_num_threads(1)
+gen = torch.Generator().manual_seed(0)
+x = torch.randn(200, 1, 8, 8, generator=gen)
+y = (x.mean((1, 2, 3)) > 0).long()
+set_seed(seed)   # each process begins with other random numbers: they must come from the checkpoint
+
+class SlowCB(Callback):
+    def after_batch(self, learn):
+        if learn.training:
+            time.sleep(pause)
+            print(f'batch {learn.epoch} {learn.iter}', flush=True)
+
+model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(144, 2))
+train = DataLoader(TensorDataset(x[:160], y[:160]), batch_size=20, shuffle=True)
+valid = DataLoader(TensorDataset(x[160:], y[160:]), batch_size=40)
+sched = BatchSchedCB(lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, .01, total_steps=5 * 8))
+metrics, recorder, cbs = MetricsCB(accuracy), RecorderCB(), [CheckpointCB(checkpoint)] if checkpoint != '-' else []
+learn = Learner(model, DataLoaders(train, valid), F.cross_entropy, lr=.01, opt_func=partial(torch.optim.AdamW, amsgrad=True),
+                cbs=[TrainCB(), MomentumCB(.5), metrics, recorder, sched, ProgressCB(), SlowCB(), *cbs])
+learn.fit(5)
+save_state(dict(model=dict(model.state_dict()), opt=learn.opt.state_dict(), rows=metrics.rows, records=recorder.records, rng=torch.get_rng_state()), result)
+'''
+
+@pytest.fixture
+def start(tmp_path):
+    "Start the training: start(checkpoint, result, seed, pause) -> Popen."
+    script, running = tmp_path/'run.py', []
+    script.write_text(RUN)
+    def go(checkpoint, result, seed, pause=0.):
+        args = [sys.executable, script, checkpoint, result, str(seed), str(pause)]
+        running.append(subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore')))
+        return running[-1]
+    yield go
+    for p in running:
+        if p.poll() is None: p.kill()
+        p.communicate()
+
+def kill_at(process, epoch, batch):
+    "SIGKILL when that batch is done, in the middle of the epoch."
+    for line in process.stdout:
+        if line.startswith(f'batch {epoch} {batch}'): break
+    else: pytest.fail(f'the training ended before batch {batch} of epoch {epoch}')
+    process.kill()
+    process.wait()
+    assert process.returncode == -getattr(signal, 'SIGKILL', -1)
+
+def equal(x, y):
+    if isinstance(x, torch.Tensor): return torch.equal(x, y) and x.dtype == y.dtype
+    if isinstance(x, dict): return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
+    if isinstance(x, (list, tuple)): return len(x) == len(y) and all(map(equal, x, y))
+    return x == y
+
+posix = pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
+
+@posix
+def test_killed_twice(start, tmp_path):
+    whole, pieces, checkpoint = tmp_path/'whole.safetensors', tmp_path/'pieces.safetensors', tmp_path/'run.safetensors'
+    uninterrupted = start('-', whole, 1)   # runs beside the others
+    kill_at(start(checkpoint, pieces, 1, pause=.02), 1, 3)
+    assert load_state(checkpoint)['done'] == 1
+    kill_at(start(checkpoint, pieces, 2, pause=.02), 3, 6)
+    assert load_state(checkpoint)['done'] == 3 and not pieces.exists()
+    last = start(checkpoint, pieces, 3)
+    assert last.wait() == uninterrupted.wait() == 0
+    said = last.stdout.read().splitlines()
+    assert said[0] == 'batch 3 0' and any(line.startswith('epoch 5/5 valid: loss') for line in said)
+    a, b = load_state(whole), load_state(pieces)
+    assert equal(a, b)
+    assert len(b['records']['loss']) == 5 * 8 and len(b['rows']) == 10
+
+    saved = checkpoint.read_bytes()   # a finished run does nothing more
+    again = start(checkpoint, pieces, 4)
+    assert again.wait() == 0 and 'batch' not in again.stdout.read()
+    assert checkpoint.read_bytes() == saved
+    assert equal(load_state(pieces), a)
+
+def shuffled(path, stop=None):
+    "A learner whose loader shuffles with a generator of its own."
+    class StopCB(Callback):
+        def before_epoch(self, learn):
+            if learn.epoch == stop: raise KeyboardInterrupt
+    xb = torch.arange(40.)[:, None] / 40
+    loader = DataLoader(TensorDataset(xb, 3 * xb), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    return Learner(nn.Linear(1, 1), DataLoaders(loader, None), cbs=[TrainCB(), CheckpointCB(path), StopCB()])
+
+def test_a_loaders_own_generator(tmp_path):
+    set_seed(0)
+    whole = shuffled(tmp_path/'whole.safetensors')
+    whole.fit(3)
+    set_seed(0)
+    with pytest.raises(KeyboardInterrupt): shuffled(tmp_path/'pieces.safetensors', stop=2).fit(3)
+    set_seed(5)
+    resumed = shuffled(tmp_path/'pieces.safetensors')
+    resumed.fit(3)
+    assert equal(resumed.model.state_dict(), whole.model.state_dict())
+
+
+LIMITED = '''
+import resource, signal, sys, torch
+from course_lib.callbacks import save_state
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+save_state({'weight': torch.zeros(100_000)}, sys.argv[1])
+'''
+
+@posix
+def test_full_disk_leaves_the_old_file(tmp_path):
+    "A limit on the size of files stands in for a full disk: the system refuses to write in the middle of the file."
+    path = tmp_path/'run.safetensors'
+    save_state({'weight': torch.ones(10)}, path)
+    done = subprocess.run([sys.executable, '-c', LIMITED, path], capture_output=True, text=True)
+    assert done.returncode == 1 and 'OSError: run.safetensors could not be written, what was there before is kept' in done.stderr
+    assert torch.equal(load_state(path)['weight'], torch.ones(10))
+    assert [p.name for p in tmp_path.iterdir()] == ['run.safetensors']
+
+
+def learner(path, n=1): return Learner(nn.Linear(1, n), synth_dls(), cbs=[TrainCB(), CheckpointCB(path)])
+
+@pytest.mark.parametrize('length', [0, 7, 8, 100, -1])
+def test_a_truncated_checkpoint_is_named(tmp_path, length):
+    path = tmp_path/'run.safetensors'
+    learner(path).fit()
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match='run.safetensors is not a whole safetensors file: .* bytes'): learner(path).fit(2)
+
+def test_another_models_checkpoint(tmp_path):
+    path = tmp_path/'run.safetensors'
+    learner(path).fit()
+    with pytest.raises(ValueError, match=r'run.safetensors is the checkpoint of another model \(weight: \(1, 1\) in the file, \(3, 1\) here'): learner(path, 3).fit(2)
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match='is a folder'): learner(tmp_path).fit()
+
+def test_loading_leaves_the_file_free(tmp_path):
+    "It is overwritten after each epoch, by the process that has loaded it."
+    path = tmp_path/'run.safetensors'
+    save_state({'weight': torch.ones(1000)}, path)
+    weight = load_state(path)['weight']
+    save_state({'weight': torch.zeros(1000)}, path)
+    path.write_bytes(b'')
+    assert weight.sum() == 1000
+
+def test_validating_does_not_touch_the_checkpoint(tmp_path):
+    path = tmp_path/'run.safetensors'
+    learn = learner(path)
+    learn.fit(2)
+    saved = path.read_bytes()
+    learn.fit(1, train=False)
+    assert path.read_bytes() == saved
