@@ -7,8 +7,8 @@ __all__ = ['fashion_names', 'OUTLINES', 'IDX_TYPES', 'DataLoaders', 'get_dls', '
            'inside_polygon', 'GreyPictures', 'micro_fashion', 'read_idx', 'sha256sum', 'DataFile', 'register',
            'registry', 'check_file', 'find', 'FetchError', 'fetch', 'fashion_ds']
 
-# %% ../nbs/02_data.ipynb #003-5a352e54
-import gzip, hashlib, re, struct
+# %% ../nbs/02_data.ipynb #003-e1ed9cee
+import gzip, hashlib, re, struct, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,13 +159,13 @@ def micro_fashion(
         ims[mine] = (_weave(_draw(OUTLINES[name], mine.sum(), rng), rng) * 255).round()
     return GreyPictures(torch.from_numpy(ims), labels, fashion_names, f'silhouettes drawn by micro_fashion(seed={seed})')
 
-# %% ../nbs/02_data.ipynb #081-0f2980d6
+# %% ../nbs/02_data.ipynb #081-02774e38
 IDX_TYPES = {8: 'u1', 9: 'i1', 11: '>i2', 12: '>i4', 13: '>f4', 14: '>f8'}   # the format's type codes; > is largest byte first
 
 def _unzipped(path):
     if path.suffix != '.gz': return path.read_bytes()
     try: return gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile) as e: raise ValueError(f'{path.name} is not a whole gzip file: {e}') from e
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f'{path.name} is not a whole gzip file: {e}') from e
 
 # %% ../nbs/02_data.ipynb #082-ff65d7c5
 def read_idx(
@@ -293,7 +293,7 @@ _fashion_urls = 'https://github.com/zalandoresearch/fashion-mnist/raw/master/dat
 for _name, (_size, _sha) in _fashion_files.items():
     register(DataFile(f'FashionMNIST/raw/{_name}', tuple(u + _name for u in _fashion_urls), _sha, _size, 'MIT', 'Fashion-MNIST, Zalando Research'))
 
-# %% ../nbs/02_data.ipynb #128-e410b4c6
+# %% ../nbs/02_data.ipynb #129-e410b4c6
 def fashion_ds(
     split,  # 'train' or 'valid' (the official test set)
 ) -> GreyPictures:  # .source says which pictures they are
