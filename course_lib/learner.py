@@ -127,7 +127,7 @@ def cleanup(
     try: methods[-1](learn)
     finally: cleanup(methods[:-1], learn)
 
-# %% ../nbs/10_learner.ipynb #067-2320d27c
+# %% ../nbs/10_learner.ipynb #067-eea266bd
 class Calls:
     "Who is called when during one fit: looked up once, walked in every batch."
     def __init__(
@@ -135,19 +135,18 @@ class Calls:
         cbs,  # callbacks
     ):
         self.on = dispatch(cbs, EVENTS) | find_actions(cbs)
-        self.steps = {training: batch_steps(self.on, training) for training in (True, False)}
-    def run(self, event, learn):
-        for f in self.on[event]: f(learn)
-    def around(self, level, learn, body):
-        "Before, body, after, unless cancelled; cleanup whatever happens."
+        self.batch = {training: self.around('batch', *batch_steps(self.on, training)) for training in (True, False)}
+    def around(self, level, *body):
+        "Before, body, after: one tuple of functions of the learner."
+        return (*self.on[f'before_{level}'], *body, *self.on[f'after_{level}'])
+    def run(self, level, steps, learn):
+        "Call all steps, unless one cancels the level; clean up whatever happens."
         try:
-            self.run(f'before_{level}', learn)
-            body()
-            self.run(f'after_{level}', learn)
+            for f in steps: f(learn)
         except CANCELS[level]: pass
         finally: cleanup(self.on[f'cleanup_{level}'], learn)
 
-# %% ../nbs/10_learner.ipynb #071-a5187384
+# %% ../nbs/10_learner.ipynb #072-73a34e6b
 class Learner:
     "Holds a model, its data, a loss function and an optimizer, and calls callbacks at every event of training."
     def __init__(
@@ -178,12 +177,14 @@ class Learner:
         self.trains, self.validates = train, valid and self.dls.valid is not None
         if train: self.opt = self._new_opt(self.lr if lr is None else lr)
         self.fitting = True
-        try: self.calls.around('fit', self, self._fit)
+        try: self._run('fit', lambda learn: learn._epochs())
         finally: self.fitting = False
 
     def _new_opt(self, lr): return self.opt_func([p for p in self.model.parameters() if p.requires_grad], lr=lr)
 
-    def _fit(self):
+    def _run(self, level, body): self.calls.run(level, self.calls.around(level, body), self)
+
+    def _epochs(self):
         for self.epoch in self.epochs:
             if self.trains: self._epoch(True)
             if self.validates: self._epoch(False)
@@ -191,15 +192,13 @@ class Learner:
     def _epoch(self, training):
         self.training, self.dl = training, self.dls.train if training else self.dls.valid
         self.model.train(training)
-        with torch.set_grad_enabled(training): self.calls.around('epoch', self, self._batches)
+        with torch.set_grad_enabled(training): self._run('epoch', lambda learn: learn._batches())
 
     def _batches(self):
-        for self.iter, self.batch in enumerate(self.dl): self.calls.around('batch', self, self._batch)
+        run, steps = self.calls.run, self.calls.batch[self.training]   # looked up here, not in every batch
+        for self.iter, self.batch in enumerate(self.dl): run('batch', steps, self)
 
-    def _batch(self):
-        for f in self.calls.steps[self.training]: f(self)
-
-# %% ../nbs/10_learner.ipynb #073-789d9cbc
+# %% ../nbs/10_learner.ipynb #074-789d9cbc
 def synth_learner(
     cbs=(),     # callbacks beside TrainCB
     lr=0.1,     # learning rate
@@ -208,7 +207,7 @@ def synth_learner(
     "A Learner that finds a line within milliseconds: for trying callbacks."
     return Learner(Line(), synth_dls(**dls_args), F.mse_loss, lr=lr, cbs=[TrainCB(), *cbs])
 
-# %% ../nbs/10_learner.ipynb #115-a65617d1
+# %% ../nbs/10_learner.ipynb #116-a65617d1
 class MomentumCB(Callback):
     "Momentum with any optimizer: keep part of the gradient instead of zeroing it."
     order = 1   # above TrainCB, whose zero_grad it replaces
