@@ -8,3 +8,10 @@ sys.path.insert(0, str(ROOT/'tools'))
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
+
+@pytest.fixture(scope='session')
+def lab(tmp_path_factory):
+    "A real JupyterLab with a browser (tests/lab.py), started when the first test asks for it."
+    from lab import lab_server, why_not
+    if why := why_not(): pytest.skip(why)
+    with lab_server(tmp_path_factory.mktemp('lab'), PYTHONPATH=str(ROOT)) as server: yield server
