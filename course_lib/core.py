@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'set_seed', 'default_device', 'map_nested', 'to_device', 'to_cpu', 'scale', 'at_scale', 'data_path',
            'assets_path', 'out_path', 'atomic_path', 'tune_malloc', 'cpu_name', 'machine', 'code_hash', 'Stamp',
-           'stamp']
+           'stamp', 'bf16_is_fast']
 
 # %% ../nbs/00_core.ipynb #003-3aac76cc
 import copy, ctypes, hashlib, json, operator, os, platform, random, time, uuid
@@ -194,3 +194,15 @@ def stamp(
     if not path.exists():
         raise FileNotFoundError(f'stamp needs {path.name} in the working folder, {Path.cwd().name}; there is none')
     return Stamp(machine(), scale=scale(), seconds=round(time.time() - _started), code=code_hash(path))
+
+# %% ../nbs/00_core.ipynb #109-08623ddf
+def bf16_is_fast(
+    device=None,  # `default_device()` if None
+) -> bool:
+    "Does the hardware multiply bfloat16 by itself?"
+    device = torch.device(device or default_device())
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == 'cpu' and hasattr(torch.cpu, 'get_capabilities'):   # newer torch tells what the processor has
+        has = torch.cpu.get_capabilities()
+        return bool(has.get('avx512_bf16') or has.get('amx_bf16') or has.get('bf16'))
+    return False
