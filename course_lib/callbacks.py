@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'batch_size', 'accuracy', 'MetricsCB', 'name_metrics', 'column',
            'weighted_sums', 'RecorderCB', 'BatchSchedCB', 'in_notebook', 'in_terminal', 'say', 'TextView', 'draw_curve',
-           'NotebookView', 'ProgressCB', 'pass_name', 'n_batches', 'StopOnNonFiniteCB', 'rng_state', 'set_rng_state',
-           'side_fit', 'CapturePredsCB', 'capture_preds', 'running_mean', 'LRFinderCB', 'keep_weights', 'lr_find',
-           'pack', 'unpack', 'save_state', 'load_state', 'training_state', 'load_checkpoint', 'CheckpointCB']
+           'NotebookView', 'Report', 'ProgressCB', 'pass_name', 'pass_title', 'pass_numbers', 'n_batches',
+           'StopOnNonFiniteCB', 'rng_state', 'set_rng_state', 'side_fit', 'CapturePredsCB', 'capture_preds',
+           'running_mean', 'blown_up', 'halfway', 'LRFinderCB', 'keep_weights', 'lr_find', 'pack', 'unpack',
+           'save_state', 'load_state', 'training_state', 'load_checkpoint', 'CheckpointCB']
 
 # %% ../nbs/11_callbacks.ipynb #005-d5953751
 import io, json, math, random, shutil, sys, time
@@ -138,7 +139,7 @@ def weighted_sums(
     sizes = torch.tensor(sizes, device=device)
     return torch.stack([(c.float().to(device) * sizes).sum() for c in columns])
 
-# %% ../nbs/11_callbacks.ipynb #050-ff71627d
+# %% ../nbs/11_callbacks.ipynb #050-0ef9be88
 class RecorderCB(Callback):
     "Keep the loss, the learning rate, and what else you name, of every training batch; plot them."
     order = 10
@@ -169,7 +170,9 @@ class RecorderCB(Callback):
     def state_dict(self):
         self.read()
         return self.records
-    def load_state_dict(self, state): self.records = state
+    def load_state_dict(self, state):
+        if state.keys() != self.records.keys(): raise ValueError(f'the file has records of {", ".join(state)}; this RecorderCB keeps {", ".join(self.records)}')
+        self.records = state
 
 # %% ../nbs/11_callbacks.ipynb #051-96d2a4f7
 def _own(v): return v.detach().clone() if isinstance(v, torch.Tensor) else v
@@ -253,7 +256,29 @@ class NotebookView:
         if self.curve: self.curve.update(im)
         else: self.curve = display(im, display_id=True)
 
-# %% ../nbs/11_callbacks.ipynb #071-bca5ea7e
+# %% ../nbs/11_callbacks.ipynb #071-55172b7d
+class Report:
+    "What a progress view shows."
+    def __init__(self): self.rows, self.losses, self.valid, self.pending = {}, [], [], []
+    def add_pass(
+        self,
+        epoch,    # from 0
+        name,     # 'train' or 'valid'
+        row,      # {name: number} of this pass
+        seconds,  # that it took
+    ) -> str:     # the same in words
+        minutes, seconds = divmod(round(seconds), 60)
+        shown = {k: f'{v:.4g}' for k, v in row.items()} | {'time': f'{minutes}:{seconds:02}'}
+        self.rows.setdefault(epoch, {}).update({f'{name} {k}': v for k, v in shown.items()})
+        return ', '.join(f'{k} {v}' for k, v in shown.items())
+    def read(self):
+        if self.pending: self.losses += column(self.pending).tolist()
+        self.pending = []
+    def table(self):
+        names = dict.fromkeys(k for row in self.rows.values() for k in row)
+        return [{'epoch': epoch + 1} | {k: row.get(k, '') for k in names} for epoch, row in self.rows.items()]
+
+# %% ../nbs/11_callbacks.ipynb #074-d971bcc1
 class ProgressCB(Callback):
     "Show how training goes: a live table and curve in a notebook, plain lines elsewhere."
     order = 20
@@ -264,59 +289,51 @@ class ProgressCB(Callback):
         plot=True,       # draw the curve (in a notebook)
         every=None,      # seconds between two updates; None: 0.5, and 60 in a log
         make_view=None,  # `NotebookView` or `TextView`; None: the one that fits
-    ): self.plot, self.asked_every, self.make_view = plot, every, make_view
+    ): self.plot, self.every, self.make_view = plot, every, make_view
     def before_fit(self, learn):
-        self.rows, self.losses, self.valid, self.pending = {}, [], [], []
+        self.view, self.report = (self.make_view or (NotebookView if in_notebook() else TextView))(), Report()
         self.metrics = [cb for cb in learn.active_cbs if isinstance(cb, MetricsCB)]
-        self.view = (self.make_view or (NotebookView if in_notebook() else TextView))()
-        self.every, self.draws = self.view.every if self.asked_every is None else self.asked_every, self.plot and self.view.draws
-        self.next = time.perf_counter() + self.every
+        self.pause = self.view.every if self.every is None else self.every
+        self.next = time.perf_counter() + self.pause
     def before_epoch(self, learn):
-        self.started, self.title = time.perf_counter(), f'epoch {learn.epoch + 1}/{learn.n_epochs} {pass_name(learn)}'
-        self.keeps, self.seen, self.of = self.draws and learn.training, False, n_batches(learn.dl)
+        self.started, self.seen, self.of = time.perf_counter(), False, n_batches(learn.dl)
+        self.draws = self.plot and self.view.draws and learn.training
     def after_batch(self, learn):
         self.seen = True
-        if self.keeps: self.pending.append(learn.loss.detach())
+        if self.draws: self.report.pending.append(learn.loss.detach())
         if time.perf_counter() >= self.next: self.show_batch(learn)
     def show_batch(self, learn):
         start = time.perf_counter()
-        self.read()
-        self.view.batch(f'{self.title} batch {learn.iter + 1}{self.of}: loss {learn.loss.item():.4g}', self)
+        self.report.read()
+        self.view.batch(f'{pass_title(learn)} batch {learn.iter + 1}{self.of}: loss {learn.loss.item():.4g}', self.report)
         now = time.perf_counter()
-        self.next = now + max(self.every, 10 * (now - start))
+        self.next = now + max(self.pause, 10 * (now - start))
     def after_epoch(self, learn):
-        row, seconds = self.latest(learn), time.perf_counter() - self.started
-        if self.draws and not learn.training and 'loss' in row: self.valid.append((len(self.losses) + len(self.pending), row['loss']))
-        shown = {k: f'{v:.4g}' if isinstance(v, float) else str(v) for k, v in row.items()} | {'time': f'{seconds // 60:.0f}:{seconds % 60:02.0f}'}
-        self.rows.setdefault(learn.epoch, {}).update({f'{pass_name(learn)} {k}': v for k, v in shown.items()})
-        self.view.epoch(f"{self.title}: {', '.join(f'{k} {v}' for k, v in shown.items())}", self)
-    def latest(self, learn):
-        rows = {k: v for cb in self.metrics for k, v in cb.rows[-1].items() if k not in ('epoch', 'train')}
-        return rows or ({'last loss': learn.loss.item()} if self.seen else {})
-    def read(self):
-        if self.pending: self.losses += column(self.pending).tolist()
-        self.pending = []
-    def table(self):
-        names = dict.fromkeys(k for row in self.rows.values() for k in row)
-        return [{'epoch': epoch + 1} | {k: row.get(k, '') for k in names} for epoch, row in self.rows.items()]
+        row = pass_numbers(self.metrics) or ({'last loss': learn.loss.item()} if self.seen else {})
+        self.report.read()
+        if self.plot and not learn.training and 'loss' in row: self.report.valid.append((len(self.report.losses), row['loss']))
+        text = self.report.add_pass(learn.epoch, pass_name(learn), row, time.perf_counter() - self.started)
+        self.view.epoch(f'{pass_title(learn)}: {text}', self.report)
     def cleanup_fit(self, learn):
         if not self.view: return   # the fit failed before it began
-        self.read()
-        self.view.close(self)
+        self.report.read()
+        self.view.close(self.report)
         self.view = None
     def state_dict(self):
-        self.read()
-        return dict(rows=self.rows, losses=self.losses, valid=self.valid)
-    def load_state_dict(self, state): self.rows, self.losses, self.valid = state['rows'], state['losses'], state['valid']
+        self.report.read()
+        return dict(vars(self.report))
+    def load_state_dict(self, state): vars(self.report).update(state)
 
-# %% ../nbs/11_callbacks.ipynb #072-af9fa50f
+# %% ../nbs/11_callbacks.ipynb #075-8f546f36
 def pass_name(learn): return 'train' if learn.training else 'valid'
+def pass_title(learn): return f'epoch {learn.epoch + 1}/{learn.n_epochs} {pass_name(learn)}'
+def pass_numbers(metrics): return {k: v for cb in metrics for k, v in cb.rows[-1].items() if k not in ('epoch', 'train')}
 
 def n_batches(dl):
     try: return f'/{len(dl)}'
     except TypeError: return ''   # a generator, or a DataLoader over an endless stream
 
-# %% ../nbs/11_callbacks.ipynb #086-ac0f9463
+# %% ../nbs/11_callbacks.ipynb #089-ac0f9463
 class StopOnNonFiniteCB(Callback):
     "Stop with a clear error at a loss that is not a number or infinite."
     side_fits = False
@@ -329,7 +346,7 @@ class StopOnNonFiniteCB(Callback):
         raise FloatingPointError(f'loss is {learn.loss.item()} at epoch {learn.epoch}, batch {learn.iter}: '
                                  'lower the learning rate, clip the gradients, or look at this batch for bad values')
 
-# %% ../nbs/11_callbacks.ipynb #090-25ea31a9
+# %% ../nbs/11_callbacks.ipynb #093-25ea31a9
 def _generators(dls): return [g for dl in (dls.train, dls.valid) if (g := getattr(dl, 'generator', None)) is not None]
 
 def rng_state(
@@ -342,7 +359,7 @@ def rng_state(
     return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(), cuda=cuda, mps=mps,
                 loaders=[g.get_state() for g in _generators(dls)] if dls else [])
 
-# %% ../nbs/11_callbacks.ipynb #091-b8f17a42
+# %% ../nbs/11_callbacks.ipynb #094-b8f17a42
 def set_rng_state(
     state,     # from `rng_state`
     dls=None,  # the loaders given there
@@ -355,7 +372,7 @@ def set_rng_state(
     for s in state['mps']: torch.mps.set_rng_state(s)
     for g, s in zip(_generators(dls) if dls else [], state['loaders']): g.set_state(s)
 
-# %% ../nbs/11_callbacks.ipynb #094-1f535ee0
+# %% ../nbs/11_callbacks.ipynb #097-1f535ee0
 @contextmanager
 def side_fit(
     learn,  # a Learner
@@ -370,7 +387,7 @@ def side_fit(
         for m, training in modes: m.training = training
         set_rng_state(rng, learn.dls)
 
-# %% ../nbs/11_callbacks.ipynb #096-f77d4c08
+# %% ../nbs/11_callbacks.ipynb #099-f77d4c08
 class CapturePredsCB(Callback):
     "Collect predictions and targets on the CPU; computes no loss."
     order = 30
@@ -398,7 +415,7 @@ def capture_preds(
     if not catch.preds: raise ValueError('capture_preds got no batch: the loader is empty')
     return torch.cat(catch.preds), *(torch.cat(t) for t in zip(*catch.targets))
 
-# %% ../nbs/11_callbacks.ipynb #104-cad5a543
+# %% ../nbs/11_callbacks.ipynb #107-cad5a543
 def running_mean(
     values,  # numbers, one at least
     n=5,     # over so many, or all if there are fewer
@@ -407,7 +424,26 @@ def running_mean(
     n = min(n, len(values))
     return np.convolve(values, np.ones(n) / n, 'valid')
 
-# %% ../nbs/11_callbacks.ipynb #107-8655e562
+# %% ../nbs/11_callbacks.ipynb #110-0609499e
+def blown_up(
+    losses,    # so far
+    max_mult,  # how many times the best running mean is too much
+) -> bool:
+    "Is the last loss far above the best of the smoothed ones, or not a number?"
+    last, best = losses[-1], running_mean(losses).min()
+    return not math.isfinite(last) or last - best > (max_mult - 1) * abs(best)   # a loss may be negative
+
+def halfway(
+    lrs,     # learning rates
+    losses,  # one for each; the last one blew up
+) -> float:
+    "The rate at which the smoothed loss has fallen half of its way."
+    if len(losses) < 6: raise ValueError(f'the loss never fell in {len(losses)} batches; begin with a smaller start_lr')
+    smooth = running_mean(losses[:-1])
+    falling = smooth[:smooth.argmin() + 1]
+    return lrs[2 + int(np.flatnonzero(falling >= (falling[0] + falling[-1]) / 2)[-1])]   # 2: the middle of five
+
+# %% ../nbs/11_callbacks.ipynb #112-414f936c
 class LRFinderCB(Callback):
     "Multiply the learning rate by `gamma` after every batch until the loss blows up. Use `lr_find`, which puts everything back."
     order = 50
@@ -423,18 +459,12 @@ class LRFinderCB(Callback):
         if not learn.training: return
         self.lrs.append(float(learn.opt.param_groups[0]['lr']))
         self.losses.append(learn.loss.item())
-        if self.blown_up() or len(self.lrs) >= self.max_batches: raise CancelFitException()
+        if blown_up(self.losses, self.max_mult) or len(self.lrs) >= self.max_batches: raise CancelFitException()
         for group in learn.opt.param_groups: group['lr'] *= self.gamma
-    def blown_up(self):
-        last, best = self.losses[-1], running_mean(self.losses).min()
-        return not math.isfinite(last) or last - best > (self.max_mult - 1) * abs(best)   # a loss may be negative
     @property
     def halfway(self) -> float:
         "The rate at which the smoothed loss has fallen half of its way: a rate to begin with."
-        if len(self.losses) < 6: raise ValueError(f'the loss never fell in {len(self.losses)} batches; begin with a smaller start_lr')
-        smooth = running_mean(self.losses[:-1])   # without the last, which blew up
-        falling = smooth[:smooth.argmin() + 1]
-        return self.lrs[2 + int(np.flatnonzero(falling >= (falling[0] + falling[-1]) / 2)[-1])]
+        return halfway(self.lrs, self.losses)
     def plot(
         self,
         ax=None,   # axes to draw on; a new figure if None
@@ -447,7 +477,7 @@ class LRFinderCB(Callback):
         ax.set(xlabel='learning rate', ylabel='loss', xscale='log' if log else 'linear')
         return ax
 
-# %% ../nbs/11_callbacks.ipynb #112-7bd6c1aa
+# %% ../nbs/11_callbacks.ipynb #117-7bd6c1aa
 def _tensors(model): return dict(chain(model.named_parameters(), model.named_buffers()))
 
 @contextmanager
@@ -463,7 +493,7 @@ def keep_weights(
             for k, t in _tensors(model).items(): t.copy_(values[k])
         for k, p in model.named_parameters(): p.grad = grads[k]
 
-# %% ../nbs/11_callbacks.ipynb #113-55af72c6
+# %% ../nbs/11_callbacks.ipynb #118-55af72c6
 def lr_find(
     learn,        # a Learner
     **kw,         # for `LRFinderCB`
@@ -474,7 +504,7 @@ def lr_find(
     if not finder.lrs: raise ValueError('lr_find saw no training batch')
     return finder
 
-# %% ../nbs/11_callbacks.ipynb #133-289a89e3
+# %% ../nbs/11_callbacks.ipynb #138-289a89e3
 def pack(
     x,        # tensors, numbers, texts, True, False and None in lists, tuples and dictionaries
     tensors,  # dictionary that takes the tensors, under the path to each
@@ -501,7 +531,7 @@ def unpack(
     if shape == 'dict': return {unpack(k, tensors): unpack(v, tensors) for k, v in value}
     return dict(list=list, tuple=tuple)[shape](unpack(v, tensors) for v in value)
 
-# %% ../nbs/11_callbacks.ipynb #135-2ae08dc3
+# %% ../nbs/11_callbacks.ipynb #140-2ae08dc3
 def save_state(
     state,  # nested, see `pack`
     path,   # a .safetensors file: whole, or as it was before
@@ -528,7 +558,7 @@ def load_state(
     if 'state' not in meta: raise ValueError(f'{path.name} is a safetensors file, but not of save_state: it holds {", ".join([*tensors][:3]) or "nothing"} ...')
     return unpack(json.loads(meta['state']), tensors)
 
-# %% ../nbs/11_callbacks.ipynb #146-0f69c5d9
+# %% ../nbs/11_callbacks.ipynb #151-0f69c5d9
 def training_state(
     learn,  # a Learner at the end of an epoch
 ) -> dict:
@@ -538,7 +568,7 @@ def training_state(
     return dict(model=dict(learn.model.state_dict()), grads=grads, opt=(type(learn.opt).__name__, learn.opt.state_dict()),
                 cbs=cbs, rng=rng_state(learn.dls), done=learn.epoch + 1)
 
-# %% ../nbs/11_callbacks.ipynb #148-415a1888
+# %% ../nbs/11_callbacks.ipynb #153-415a1888
 def _shapes(state): return {k: tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__ for k, v in state.items()}
 
 def _compare(found, needed, what):
@@ -557,7 +587,7 @@ def load_checkpoint(
     model.load_state_dict(state['model'])
     return state
 
-# %% ../nbs/11_callbacks.ipynb #149-ce110b09
+# %% ../nbs/11_callbacks.ipynb #154-ce110b09
 class CheckpointCB(Callback):
     "Save everything at the end of each epoch; a new fit with the same path goes on where the file stops."
     order = 1000   # after all others have said what they have to say
