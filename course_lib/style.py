@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['gram', 'calc_grams', 'FeatureLoss', 'ContentLoss', 'StyleLoss', 'check_weights', 'tv_loss', 'range_loss', 'LossSum']
 
-# %% ../nbs/32_style.ipynb #003-8dd79e03
+# %% ../nbs/32_style.ipynb #003-3ff52c2c
 import torch
 import torch.nn.functional as F
 
-from .features import Backbone, calc_features
+from .features import calc_features
 
-# %% ../nbs/32_style.ipynb #033-53a8d2e9
+# %% ../nbs/32_style.ipynb #033-7300659a
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f):
         t = f.permute(0, 2, 3, 1).flatten(1, 2)   # N x places x C: no copy if f is channels_last
         ctx.save_for_backward(t)
         ctx.hw = f.shape[2:]
-        return (t.transpose(1, 2) @ t).to(torch.promote_types(f.dtype, torch.float32)) / t.shape[1]
+        g = torch.stack([p.T @ p for p in t])     # a matrix product reads the transpose as it lies; a batched one would copy it
+        return g.to(torch.promote_types(f.dtype, torch.float32)) / t.shape[1]
 
     @staticmethod
     def backward(ctx, dG):
@@ -100,24 +101,25 @@ def range_loss(
     "Mean square of what lies outside [0,1]."
     return (x - x.clamp(0, 1)).square().mean()
 
-# %% ../nbs/32_style.ipynb #077-ab92bd3a
+# %% ../nbs/32_style.ipynb #077-50063b23
 class LossSum:
     "A weighted sum of losses on a picture; those on features share one pass through their network."
     def __init__(
         self,
         **terms,   # name=(weight, loss); weights of 0 are left out; loss(x) -> scalar
-    ): self.terms = {name: (w, loss) for name, (w, loss) in terms.items() if w}
+    ):
+        self.terms = {name: (w, loss) for name, (w, loss) in terms.items() if w}
+        self.on_features = [loss for _, loss in self.terms.values() if isinstance(loss, FeatureLoss)]
+        if len(names := {loss.backbone.name for loss in self.on_features}) > 1: raise ValueError(f"one look needs one network; got {', '.join(sorted(names))}")
+
+    def _look(self, x):
+        layers = list(dict.fromkeys(l for loss in self.on_features for l in loss.layers))
+        return dict(zip(layers, calc_features(self.on_features[0].backbone, x, layers))) if layers else {}
 
     def parts(self, x) -> dict:   # {name: weighted loss}
         "Each term by name, weighted."
         seen = self._look(x)
-        value = lambda loss: loss.compare([seen[loss.backbone.name][l] for l in loss.layers]) if isinstance(loss, FeatureLoss) else loss(x)
+        value = lambda loss: loss.compare([seen[l] for l in loss.layers]) if loss in self.on_features else loss(x)
         return {name: w * value(loss) for name, (w, loss) in self.terms.items()}
-
-    def _look(self, x):
-        wanted = {}
-        for _, loss in self.terms.values():
-            if isinstance(loss, FeatureLoss): wanted.setdefault(loss.backbone.name, (loss.backbone, {}))[1].update(dict.fromkeys(loss.layers))
-        return {name: dict(zip(layers, calc_features(backbone, x, list(layers)))) for name, (backbone, layers) in wanted.items()}
 
     def __call__(self, x): return sum(self.parts(x).values())
