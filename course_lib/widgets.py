@@ -253,7 +253,7 @@ class WeightSlider(ipywidgets.HBox):
     def _slid(self):
         if nearest_step(self.value, self.steps) != self.slider.value: self.value = self.slider.value
 
-# %% ../nbs/04_widgets.ipynb #075-0800a1e0
+# %% ../nbs/04_widgets.ipynb #077-0800a1e0
 def weight_slider(
     label,     # stands beside it
     value=1.,  # first weight, from 0 on
