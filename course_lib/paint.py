@@ -7,9 +7,10 @@ __all__ = ['HAIRS', 'SWIRLS', 'STARS', 'RIDGES', 'HOLLOW', 'INK', 'CREAM', 'RUST
            'SCHEMES', 'TILE', 'PAINTERS', 'pixel_grid', 'lerp', 'smoothstep', 'hex_rgb', 'ramp', 'mix',
            'gradient_noise', 'octaves', 'along', 'bend_of', 'Canvas', 'stroke', 'scatter', 'brush', 'lit', 'night_sky',
            'night_hills', 'village', 'to_picture', 'paint_night', 'hang', 'on_thread', 'drop', 'web_threads', 'disc',
-           'morning', 'paint_web', 'wave_back', 'wave', 'edge_line', 'wood', 'print_sky', 'print_mountain', 'foam',
-           'claw', 'print_foam', 'print_wave', 'paint_waves', 'tiles', 'wheel', 'lay_wheels', 'tile_colours',
-           'paint_mosaic', 'meadow_under', 'poppies', 'paint_meadow', 'psnr', 'jpeg_under', 'paint_all']
+           'morning', 'paint_web', 'wave_back', 'wave', 'edge_line', 'wood', 'print_sky', 'print_cloud',
+           'print_mountain', 'foam', 'claw', 'print_foam', 'print_wave', 'paint_waves', 'tiles', 'wheel', 'lay_wheels',
+           'tile_colours', 'paint_mosaic', 'meadow_under', 'poppies', 'poppy', 'paint_meadow', 'psnr', 'jpeg_under',
+           'paint_all']
 
 # %% ../nbs/09_paint.ipynb #003-3f04735e
 import io
@@ -23,15 +24,16 @@ from scipy.spatial import cKDTree
 from .core import atomic_path
 from .show import to_uint8
 
-# %% ../nbs/09_paint.ipynb #008-cbbc1c4a
+# %% ../nbs/09_paint.ipynb #008-c6662aba
 def pixel_grid(
     size,  # pixels a side
 ):         # (x, y): size x size float32 arrays, the pixels' centres in [0,1]
     "Where the pixels are."
+    if size < 1: raise ValueError(f'a picture has at least 1 pixel a side; got {size}')
     c = ((np.arange(size) + .5) / size).astype(np.float32)
     return np.meshgrid(c, c)
 
-# %% ../nbs/09_paint.ipynb #010-a3d0ec99
+# %% ../nbs/09_paint.ipynb #011-9ad5ced2
 def lerp(a, b, t):        # a at t=0, b at t=1
     "From `a` to `b`."
     return a + (b - a) * t
@@ -41,6 +43,7 @@ def smoothstep(a, b, t):  # a may be larger than b: then it falls
     t = np.clip((t - a) / (b - a), 0, 1)
     return t * t * (3 - 2 * t)
 
+# %% ../nbs/09_paint.ipynb #013-ee3fef99
 def hex_rgb(c):           # 'rrggbb'
     "A colour as three floats."
     return np.array([int(c[i:i + 2], 16) / 255 for i in (0, 2, 4)], np.float32)
@@ -63,7 +66,7 @@ def mix(
     "Lay a colour over a picture."
     return lerp(rgb, colour, alpha[..., None])
 
-# %% ../nbs/09_paint.ipynb #016-5fb6d2d6
+# %% ../nbs/09_paint.ipynb #019-88eac358
 def gradient_noise(
     x, y,   # places, arrays of one shape
     cells,  # lattice cells along the unit square: hills are about 1/cells wide
@@ -77,9 +80,10 @@ def gradient_noise(
         slope = angle[(j + b) % cells, (i + a) % cells]
         return np.cos(slope) * (fx - a) + np.sin(slope) * (fy - b)
     u, v = (t**3 * (t * (t * 6 - 15) + 10) for t in (fx, fy))   # flat to the second derivative at 0 and 1
-    return (1.5 * lerp(lerp(plane(0, 0), plane(1, 0), u), lerp(plane(0, 1), plane(1, 1), u), v)).astype(np.float32)
+    above, below = lerp(plane(0, 0), plane(1, 0), u), lerp(plane(0, 1), plane(1, 1), u)
+    return (1.5 * lerp(above, below, v)).astype(np.float32)
 
-# %% ../nbs/09_paint.ipynb #018-b034ecf3
+# %% ../nbs/09_paint.ipynb #021-b034ecf3
 def octaves(
     x, y,   # places
     cells,  # of the largest hills
@@ -89,7 +93,7 @@ def octaves(
     "Noise of several sizes at once."
     return sum(gradient_noise(x, y, cells * 2**k, seed + k) / 2**k for k in range(n))
 
-# %% ../nbs/09_paint.ipynb #025-75509e6f
+# %% ../nbs/09_paint.ipynb #028-75509e6f
 def along(
     psi,  # HxW: a landscape
 ):        # HxW: angles, in radians
@@ -105,7 +109,7 @@ def bend_of(
     (cy, cx), (sy, sx) = np.gradient(c), np.gradient(s)
     return (c * (c * sx + s * sy) - s * (c * cx + s * cy)) * len(angle)
 
-# %% ../nbs/09_paint.ipynb #031-0c793bc1
+# %% ../nbs/09_paint.ipynb #034-c19b46ef
 class Canvas:
     "Colour and thickness of paint; places and lengths are fractions of the side."
     def __init__(self, rgb):  # HxWx3 in [0,1]: the ground
@@ -115,7 +119,8 @@ class Canvas:
     def around(self, x, y, reach, angle=0.):  # -> (box of pixels, u, v)
         "The pixels within `reach`, and how far along and across `angle` they lie."
         n = self.size
-        x0, x1, y0, y1 = (min(max(int(o * n), 0), n) for o in (x - reach, x + reach + 2 / n, y - reach, y + reach + 2 / n))
+        far = reach + 2 / n
+        x0, x1, y0, y1 = (min(max(int(o * n), 0), n) for o in (x - reach, x + far, y - reach, y + far))
         dx = (np.arange(x0, x1, dtype=np.float32) + .5) / n - np.float32(x)
         dy = ((np.arange(y0, y1, dtype=np.float32) + .5) / n - np.float32(y))[:, None]
         c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -126,16 +131,17 @@ class Canvas:
         self.rgb[box] += alpha[..., None] * (colour - self.rgb[box])
         if body is not None: self.thick[box] += alpha * (body - .7 * self.thick[box])
 
-# %% ../nbs/09_paint.ipynb #033-235e2a86
+# %% ../nbs/09_paint.ipynb #036-3b6ddfb9
 def _hairs(n=64, m=256, seed=0):
     window = np.hanning(41) / np.hanning(41).sum()
     rows = np.random.RandomState(seed).rand(n, m)
-    rows = np.array([np.convolve(np.r_[o[-20:], o, o[:20]], window, 'valid') for o in rows]) + .5 * np.random.RandomState(seed + 1).rand(n, 1)
+    rows = np.array([np.convolve(np.r_[o[-20:], o, o[:20]], window, 'valid') for o in rows])
+    rows += .5 * np.random.RandomState(seed + 1).rand(n, 1)
     return ((rows - rows.min()) / np.ptp(rows)).astype(np.float32)
 
 HAIRS = _hairs()   # one row a hair; wraps around both ways
 
-# %% ../nbs/09_paint.ipynb #035-3f813ef5
+# %% ../nbs/09_paint.ipynb #038-3f813ef5
 def stroke(
     cv,              # Canvas
     x, y,            # its middle
@@ -159,7 +165,7 @@ def stroke(
     alpha = opacity * edge * np.clip(1.25 - dry * (1.4 - h) * (.35 + end), 0, 1)
     cv.lay(box, alpha, colour * (1 + tone * (h - .5))[..., None], .9 * h + .3)
 
-# %% ../nbs/09_paint.ipynb #041-179e7673
+# %% ../nbs/09_paint.ipynb #044-0b5b4b0e
 def scatter(
     rng,   # RandomState
     step,  # mean distance
@@ -170,6 +176,7 @@ def scatter(
     at = at[rng.permutation(n * n)]
     return at[(at < 1).all(1)]
 
+# %% ../nbs/09_paint.ipynb #045-ee002f77
 def brush(
     cv,          # Canvas
     under,       # HxWx3: the colour wanted
@@ -195,7 +202,7 @@ def brush(
     for k in np.flatnonzero(r[:, 3] < chance):
         stroke(cv, *at[k], angles[k], length[k], wide[k], colour[k], bend[k], hair=int(r[k, 4] * 1e4), **look)
 
-# %% ../nbs/09_paint.ipynb #043-ae48549b
+# %% ../nbs/09_paint.ipynb #047-ae48549b
 def lit(
     cv,           # Canvas
     strength=.5,  # of light and shade
@@ -206,9 +213,10 @@ def lit(
     slope = np.tanh(1.06 * (gx + gy) * (cv.size / 512)**.5)[..., None]
     return np.clip(cv.rgb * (1 + strength * slope) + shine * np.maximum(slope, 0)**2, 0, 1)
 
-# %% ../nbs/09_paint.ipynb #048-5df5eba1
+# %% ../nbs/09_paint.ipynb #053-28e8ae13
 SWIRLS = (.37, .35, .115, 1.2), (.66, .47, .085, -1.15), (.10, .54, .06, -1.), (.90, .30, .055, 1.)   # x, y, radius, height
-STARS = ((.84, .145, .062), (.12, .10, .032), (.28, .12, .022), (.52, .09, .027), (.62, .25, .02), (.09, .32, .026), (.93, .43, .022), (.24, .53, .018), (.5, .58, .016))
+STARS = ((.84, .145, .062), (.12, .10, .032), (.28, .12, .022), (.52, .09, .027), (.62, .25, .02),
+         (.09, .32, .026), (.93, .43, .022), (.24, .53, .018), (.5, .58, .016))
 
 def night_sky(
     x, y,  # pixel_grid
@@ -222,14 +230,17 @@ def night_sky(
         psi, bright = psi + 2 * height * r * bump, bright + .5 * bump**2
     for a, b, r in STARS:
         d = np.hypot(x - a, y - b) / r
-        psi, glow = psi + 5 * r * np.exp(-d**2 / 4), np.maximum(glow, np.exp(-d**2 / 4) * (.78 + .22 * np.cos(5.2 * d)))
+        bump = np.exp(-d**2 / 4)
+        psi, glow = psi + 5 * r * bump, np.maximum(glow, bump * (.78 + .22 * np.cos(5.2 * d)))
     bands = np.sin(66 * psi + 2.2 * gradient_noise(x, y, 5, 100 * seed + 9))
-    sky = ramp(.22 + .26 * y + .2 * bands + bright + .1 * octaves(x, y, 4, 100 * seed + 20), '0b1440 152a78 1f4aa6 3f7cc4 6fb0cf a9d3c8 e6e8b8')
+    tone = .22 + .26 * y + .2 * bands + bright + .1 * octaves(x, y, 4, 100 * seed + 20)
+    sky = ramp(tone, '0b1440 152a78 1f4aa6 3f7cc4 6fb0cf a9d3c8 e6e8b8')
     star = ramp(glow, '5f9bbf 9cc6a0 e9d36a f6c23c ffe58a fff8dc')
     return psi, mix(sky, star, smoothstep(.1, .5, glow)), glow, bands
 
-# %% ../nbs/09_paint.ipynb #051-9f55c079
-RIDGES = ((.70, .05, 2.2, '2a4a7a 3d6d92 6d9ca8'), (.77, .05, 3.1, '173058 28527a 3f7f86'), (.86, .045, 2.3, '0a1a33 14364a 2c6158'))
+# %% ../nbs/09_paint.ipynb #056-c75b0b87
+RIDGES = ((.70, .05, 2.2, '2a4a7a 3d6d92 6d9ca8'), (.77, .05, 3.1, '173058 28527a 3f7f86'),
+          (.86, .045, 2.3, '0a1a33 14364a 2c6158'))   # height, waviness, how many waves, colours
 
 def night_hills(
     x, y,          # pixel_grid
@@ -238,27 +249,32 @@ def night_hills(
 ):                 # (colours, angles)
     "Three ridges in front of the sky."
     for n, (base, amp, f, colours) in enumerate(RIDGES):
-        depth = y - base - amp * np.sin(2 * np.pi * (f * x / 2 + .37 * n + .1)) - .035 * octaves(x, 0 * x + .13 * n + .2, 5, 100 * seed + 40 + n, 3)
+        rough = .035 * octaves(x, 0 * x + .13 * n + .2, 5, 100 * seed + 40 + n, 3)
+        depth = y - base - amp * np.sin(2 * np.pi * (f * x / 2 + .37 * n + .1)) - rough
         rows = .5 + .5 * np.sin(90 * depth + 9 * gradient_noise(x, y, 5, 100 * seed + 50 + n)) - 1.5 * depth
         slope = along(depth + .015 * gradient_noise(x, y, 6, 100 * seed + 60 + n))
-        under, angle = np.where(depth[..., None] > 0, ramp(rows, colours), under), np.where(depth > 0, slope, angle)
+        under = np.where(depth[..., None] > 0, ramp(rows, colours), under)
+        angle = np.where(depth > 0, slope, angle)
     return under, angle
 
+# %% ../nbs/09_paint.ipynb #057-4c683cfa
 def village(cv, rng, n=60):
     "Lit windows in the valley, and their reflections."
     lamp = [hex_rgb(c) for c in ('ffd35a', 'ffb03a', 'fff0a8')]
-    for x, z, s, k, turn in zip(.32 + .6 * rng.rand(n), rng.randn(n), .0035 + .004 * rng.rand(n), rng.randint(0, 3, n), .15 * rng.randn(n)):
+    x, z, s = .32 + .6 * rng.rand(n), rng.randn(n), .0035 + .004 * rng.rand(n)
+    for x, z, s, k, turn in zip(x, z, s, rng.randint(0, 3, n), .15 * rng.randn(n)):
         y = .8 + .035 * np.sin(9 * x) + .022 * z
         stroke(cv, x, y, np.pi / 2 + turn, 2.2 * s, 1.6 * s, lamp[k], opacity=.95, dry=.2)
         stroke(cv, x, y + 3.1 * s, turn, 3 * s, .8 * s, .7 * lamp[k], opacity=.6)
 
-# %% ../nbs/09_paint.ipynb #052-5693e8dc
+# %% ../nbs/09_paint.ipynb #058-94bbeef6
 def to_picture(
     rgb,             # HxWx3 array
 ) -> torch.Tensor:   # 3xHxW float32 in [0,1]
     "From the painter's layout to the course's."
     return torch.from_numpy(np.ascontiguousarray(np.clip(rgb, 0, 1).transpose(2, 0, 1), dtype=np.float32))
 
+# %% ../nbs/09_paint.ipynb #059-05f89e1e
 def paint_night(
     size=512,        # pixels a side
     seed=1,          # other hills, bands and strokes
@@ -267,17 +283,19 @@ def paint_night(
     rng, (x, y) = np.random.RandomState(seed), pixel_grid(size)
     psi, sky, glow, bands = night_sky(x, y, seed)
     moon = (np.hypot(x - .84, y - .145) < .055) & (np.hypot(x - .812, y - .133) > .047)
-    under, angle = night_hills(x, y, np.where(moon[..., None], hex_rgb('f79a1e'), sky), along(psi), seed)
+    sky = np.where(moon[..., None], hex_rgb('f79a1e'), sky)
+    under, angle = night_hills(x, y, sky, along(psi), seed)
     cv = Canvas(.75 * under)
     brush(cv, under, angle, rng, .030, cover=1.6, jitter=.05)
     brush(cv, under, angle, rng, .015, aspect=4.5, cover=1.3, jitter=.07)
-    brush(cv, under, angle, rng, .0085, aspect=5, cover=1, jitter=.08, where=.35 + .65 * smoothstep(.2, .6, np.abs(bands)))
+    brush(cv, under, angle, rng, .0085, aspect=5, cover=1, jitter=.08,
+          where=.35 + .65 * smoothstep(.2, .6, np.abs(bands)))
     brush(cv, under, angle, rng, .0065, cover=1.3, where=smoothstep(.1, .5, glow))
     brush(cv, under, angle, rng, .006, cover=2.5, jitter=.04, where=moon)
     village(cv, rng)
     return to_picture(lit(cv, .45))
 
-# %% ../nbs/09_paint.ipynb #055-dec7e4b3
+# %% ../nbs/09_paint.ipynb #062-1da751df
 def hang(
     p, q,  # its ends, (x, y)
     sag,   # how far the middle hangs below the chord, in lengths of the chord, when level
@@ -289,6 +307,7 @@ def hang(
     h = sag * length * np.cos(angle)             # an upright thread can't sag
     return angle, length, np.add(p, q) / 2 + h * across, -8 * h / length**2
 
+# %% ../nbs/09_paint.ipynb #063-ea5ce5d9
 def on_thread(
     t,       # places from 0 to 1
     thread,  # from `hang`
@@ -299,7 +318,7 @@ def on_thread(
     v = bend / 2 * u * u
     return middle + np.stack([u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)], -1)
 
-# %% ../nbs/09_paint.ipynb #058-e70f39d4
+# %% ../nbs/09_paint.ipynb #066-93a630ad
 def drop(
     cv,           # Canvas
     x, y, r,      # middle and radius
@@ -309,10 +328,12 @@ def drop(
     box, u, v = cv.around(x, y, r + 1.5 / cv.size)
     u, v = u / r, v / r
     d = np.hypot(u, v)
-    body = lerp(dark, light, np.clip(.5 + .5 * v + 0 * u, 0, 1)[..., None]) * (1 - .45 * np.minimum(d, 1)**4)[..., None]
+    body = lerp(dark, light, np.clip(.5 + .5 * v + 0 * u, 0, 1)[..., None])
     spark = np.exp(-9 * ((u + .35)**2 + (v + .4)**2))[..., None]
-    cv.lay(box, np.clip((1 - d) * r * cv.size + .5, 0, 1) * min(1, r * cv.size), np.clip(body + spark, 0, 1.2))
+    colour = np.clip(body * (1 - .45 * np.minimum(d, 1)**4)[..., None] + spark, 0, 1.2)
+    cv.lay(box, np.clip((1 - d) * r * cv.size + .5, 0, 1) * min(1, r * cv.size), colour)
 
+# %% ../nbs/09_paint.ipynb #068-c672ce89
 def web_threads(rng, hub=(.45, .47), spokes=26, turns=34):  # -> list of (thread, width, distance of the drops)
     "Spokes and a spiral, each thread hanging a little."
     turn = np.sort((np.arange(spokes) + .55 * (rng.rand(spokes) - .5)) * 2 * np.pi / spokes)
@@ -322,10 +343,11 @@ def web_threads(rng, hub=(.45, .47), spokes=26, turns=34):  # -> list of (thread
     radius = .02 + .0185 * k * (1 + .012 * k) + .0022 * rng.randn(len(k))
     ends = hub + radius[:, None] * ray[np.arange(len(k)) % spokes]
     for p, q, torn, sag in zip(ends[:-1], ends[1:], rng.rand(len(k)), rng.rand(len(k))):
-        if torn > .035 and np.abs(p - .5).max() < .62: threads.append((hang(p, q, .09 + .05 * sag), .00195, .0146))
+        if torn < .035 or np.abs(p - .5).max() > .62: continue   # a few are torn, some are out of sight
+        threads.append((hang(p, q, .09 + .05 * sag), .00195, .0146))
     return threads
 
-# %% ../nbs/09_paint.ipynb #061-2f6dfbdb
+# %% ../nbs/09_paint.ipynb #071-9f6aa117
 def disc(
     cv,             # Canvas
     x, y, r,        # middle and radius
@@ -336,22 +358,27 @@ def disc(
     "A round spot."
     box, u, v = cv.around(x, y, r + 1 / cv.size)
     d = np.hypot(u, v)
-    cv.lay(box, np.clip((r - d) * cv.size + .5, 0, 1) * min(1, 2 * r * cv.size) * opacity * (1 - rim + rim * smoothstep(.6, 1, d / r)), colour)
+    alpha = np.clip((r - d) * cv.size + .5, 0, 1) * min(1, 2 * r * cv.size) * opacity
+    cv.lay(box, alpha * (1 - rim + rim * smoothstep(.6, 1, d / r)), colour)
 
+# %% ../nbs/09_paint.ipynb #072-04f3d800
 def morning(size, rng, seed):  # -> (Canvas, underpainting)
     "Light between leaves, out of focus."
     x, y = pixel_grid(size)
     sun = np.exp(-5 * ((x - .75)**2 + (y - .16)**2))
-    under = ramp(.34 + .45 * sun - .16 * y + .22 * octaves(x, y, 3, 100 * seed), '050d12 0b2426 15463c 3a6f4c 8a8f58 d79a78 f6c9a8')
+    tone = .34 + .45 * sun - .16 * y + .22 * octaves(x, y, 3, 100 * seed)
+    under = ramp(tone, '050d12 0b2426 15463c 3a6f4c 8a8f58 d79a78 f6c9a8')
     angle = np.pi / 2 + .5 * gradient_noise(x, y, 3, 100 * seed + 5) + .5 * (x - .5)
     cv = Canvas(under)
     brush(cv, under, angle, rng, .05, aspect=5, jitter=.1, opacity=.7)
     tint = [.6 * hex_rgb(c) for c in ('3a4a10', '4a3a08', '083c34', '50302a')]
     for (a, b), r, k in zip(rng.rand(90, 2), .008 + .035 * rng.rand(90)**2, rng.randint(0, 4, 90)):
-        disc(cv, a, b, r, np.clip(1.5 * under[int(b * size), int(a * size)] + tint[k], 0, 1), .47, rim=.53)
+        colour = np.clip(1.5 * under[int(b * size), int(a * size)] + tint[k], 0, 1)
+        disc(cv, a, b, r, colour, .47, rim=.53)
     brush(cv, np.clip(1.08 * cv.rgb, 0, 1), angle, rng, .014, aspect=9, cover=.5, jitter=.12, opacity=.55)
     return Canvas(lit(cv, .25, .03)), under
 
+# %% ../nbs/09_paint.ipynb #074-9daab1b7
 def paint_web(
     size=512,        # pixels a side
     seed=4,          # another morning, another spider
@@ -363,15 +390,16 @@ def paint_web(
     for thread, width, gap in web_threads(rng):
         angle, length, middle, bend = thread
         stroke(cv, *middle, angle, 1.02 * length, width, hex_rgb('dfeee6'), bend, opacity=.75, dry=0, tone=0)
-        t = (np.arange(int(length / gap)) + .5 * rng.rand(int(length / gap))) / max(int(length / gap), 1)
-        drops += zip(on_thread(t, thread), .00225 + .005 * rng.rand(len(t))**3 + .003 * (rng.rand(len(t)) < .05))
+        n = int(length / gap)
+        t = (np.arange(n) + .5 * rng.rand(n)) / max(n, 1)
+        drops += zip(on_thread(t, thread), .00225 + .005 * rng.rand(n)**3 + .003 * (rng.rand(n) < .05))
     for k in rng.permutation(len(drops)):
         (x, y), r = drops[k]
         behind = under[tuple(np.clip([int(y * size), int(x * size)], 0, size - 1))]
         drop(cv, x, y, r, .45 * behind, np.clip(.8 * behind + .55, 0, 1))
     return to_picture(cv.rgb)
 
-# %% ../nbs/09_paint.ipynb #064-fb559c77
+# %% ../nbs/09_paint.ipynb #077-8a9f4605
 HOLLOW = .50, .34, .47   # middle and radius of the bite, in heights of the wave
 
 def wave_back(
@@ -381,6 +409,7 @@ def wave_back(
     "The upper edge: a long climb, a short fall."
     return np.where(x < 0, np.clip(1 + x / run, 0, 1)**2, np.maximum(1 - (np.maximum(x, 0) / .75)**2, 0))
 
+# %% ../nbs/09_paint.ipynb #078-fe76864f
 def wave(
     x, y,  # in heights of the wave: right of a crest, up from the trough
     gap,   # from crest to crest
@@ -389,11 +418,12 @@ def wave(
     run = gap - 1.1
     x = (x + run) % gap - run
     depth, bite = wave_back(x, run) - y, np.hypot(x - HOLLOW[0], y - HOLLOW[1]) - HOLLOW[2]
-    slope = np.hypot(1, (wave_back(x + .01, run) - wave_back(x - .01, run)) / .02)   # distance is height / slope
+    slope = np.hypot(1, (wave_back(x + .01, run) - wave_back(x - .01, run)) / .02)   # distance = height / slope
     front = smoothstep(-.75, .15, x) * smoothstep(1.1, .62, x)
-    return np.minimum(depth / slope, bite), lerp(1.05 * np.sqrt(np.maximum(depth, 0)), 1.15 * np.maximum(bite, 0), front)
+    inwards = lerp(1.05 * np.sqrt(np.maximum(depth, 0)), 1.15 * np.maximum(bite, 0), front)
+    return np.minimum(depth / slope, bite), inwards
 
-# %% ../nbs/09_paint.ipynb #067-c2c2bcfe
+# %% ../nbs/09_paint.ipynb #082-ecd556bf
 INK, CREAM, RUST = hex_rgb('13234f'), hex_rgb('fbf3de'), hex_rgb('9c4a34')
 
 def edge_line(
@@ -404,26 +434,34 @@ def edge_line(
     "A line along an edge."
     return smoothstep(width + .7 * px, width - .7 * px, np.abs(d))
 
+# %% ../nbs/09_paint.ipynb #083-69112756
 def wood(x, y, seed):  # -> (fine grain, rings of the tree), -1 to 1
     "The grain of the plank, which prints with the colour."
     bow = .05 * octaves(.6 * x, y, 3, seed + 2, 3)
     rings = np.sin(2 * np.pi * (34 * (y + bow) + .3 * gradient_noise(.5 * x, 4 * y, 8, seed + 4)))
     return gradient_noise(.5 * x, 11 * y + .6 * gradient_noise(x, y, 3, seed + 3), 6, seed + 1), rings
 
+# %% ../nbs/09_paint.ipynb #084-e4341b53
 def print_sky(x, y, px, grain, rings, seed):  # -> HxWx3
     "An evening sky with a sun and long clouds."
     rgb = ramp(.02 + smoothstep(0, .62, y) + .11 * rings + .08 * grain, 'b5532f d98a52 ecbf88 f3dcb0 f8edd2')
     sun = np.hypot(x - .695, y - .205) - .125
     rgb = mix(rgb, ramp(.5 + .45 * rings + .2 * grain, 'ac1f20 d63a28 ec6a3a'), smoothstep(px, -px, sun))
     rgb = mix(rgb, hex_rgb('7d1a1e'), .8 * edge_line(sun, .0025, px))
-    for k, (b, h) in enumerate([(.035, .010), (.10, .014), (.185, .010), (.262, .013), (.335, .010), (.40, .012), (.46, .009)]):
-        mid = y - b - .014 * np.sin(2 * np.pi * (1.2 * x + .31 * k)) - .006 * np.sin(2 * np.pi * (3.1 * x + .2 * k))
-        half = h * (.25 + 1.6 * np.clip(gradient_noise(x, 0 * y + .11 * k + .3, 4, seed + 30 + k) + .25, 0, 1))
-        rgb = mix(rgb, CREAM * (1 + .04 * rings[..., None]), .9 * smoothstep(px, -px, np.abs(mid) - half))
-        rgb = mix(rgb, RUST, .8 * edge_line(np.abs(mid) - half, .002, px))
-        rgb = mix(rgb, RUST, .5 * edge_line(mid - .3 * half, .0016, px) * (np.abs(mid) < half - .003))
+    for k, cloud in enumerate([(.035, .010), (.10, .014), (.185, .010), (.262, .013), (.335, .010), (.40, .012), (.46, .009)]):
+        rgb = print_cloud(rgb, x, y, px, rings, cloud, k, seed)
     return rgb
 
+def print_cloud(rgb, x, y, px, rings, cloud, k, seed):  # cloud: height and thickness; k: which one
+    "A band of cloud with two lines."
+    mid = y - cloud[0] - .014 * np.sin(2 * np.pi * (1.2 * x + .31 * k)) - .006 * np.sin(2 * np.pi * (3.1 * x + .2 * k))
+    swell = np.clip(gradient_noise(x, 0 * y + .11 * k + .3, 4, seed + 30 + k) + .25, 0, 1)
+    half = cloud[1] * (.25 + 1.6 * swell)
+    rgb = mix(rgb, CREAM * (1 + .04 * rings[..., None]), .9 * smoothstep(px, -px, np.abs(mid) - half))
+    rgb = mix(rgb, RUST, .8 * edge_line(np.abs(mid) - half, .002, px))
+    return mix(rgb, RUST, .5 * edge_line(mid - .3 * half, .0016, px) * (np.abs(mid) < half - .003))
+
+# %% ../nbs/09_paint.ipynb #085-401b5815
 def print_mountain(rgb, x, y, px, grain, seed):  # -> HxWx3
     "A mountain with snow."
     d = y - .335 - .95 * np.abs(x - .27)**1.2 - .008 * gradient_noise(x, y, 18, seed + 40)
@@ -432,26 +470,31 @@ def print_mountain(rgb, x, y, px, grain, seed):  # -> HxWx3
     body = mix(body, CREAM * (1 + .05 * np.sin(400 * d))[..., None], smoothstep(0, .004, snow))
     return mix(mix(rgb, body, smoothstep(-px, px, d)), INK, edge_line(d, .0031, px))
 
-# %% ../nbs/09_paint.ipynb #069-b5066386
+# %% ../nbs/09_paint.ipynb #088-c2138c0c
 def foam(rng, run):  # -> Nx3: x, y, radius, in heights of the wave
     "The bubbles of one crest."
     cx, cy, R = HOLLOW
-    a = .36 - 1.25 * rng.rand(150)**1.6
-    crest = np.stack([a, wave_back(a, run) - .02 - .02 * rng.rand(150), (.012 + .04 * rng.rand(150)**2) * (1 - .55 * (.36 - a) / 1.25)], 1)
+    back = rng.rand(150)**1.6   # from the tip backwards
+    a = .36 - 1.25 * back
+    crest = a, wave_back(a, run) - .02 - .02 * rng.rand(150), (.012 + .04 * rng.rand(150)**2) * (1 - .55 * back)
     f = np.deg2rad(108 + 62 * rng.rand(90)**1.3)
-    lip = np.stack([cx + 1.02 * R * np.cos(f), cy + 1.02 * R * np.sin(f), .014 + .03 * rng.rand(90)**2], 1)
-    spray = np.stack([.26 + .33 * rng.randn(26), .95 + .2 * np.abs(rng.randn(26)), .006 + .012 * rng.rand(26)], 1)
-    claws = [claw(f, turn, r) for f, turn, r in zip(np.deg2rad(104 + 52 * rng.rand(15)), .25 * rng.randn(15), .040 + .012 * rng.rand(15))]
-    return np.concatenate([crest, lip, *claws, spray])
+    lip = cx + 1.02 * R * np.cos(f), cy + 1.02 * R * np.sin(f), .014 + .03 * rng.rand(90)**2
+    spray = .26 + .33 * rng.randn(26), .95 + .2 * np.abs(rng.randn(26)), .006 + .012 * rng.rand(26)
+    roots = zip(np.deg2rad(104 + 52 * rng.rand(15)), .25 * rng.randn(15), .040 + .012 * rng.rand(15))
+    return np.concatenate([np.stack(crest, 1), np.stack(lip, 1), *(claw(*o) for o in roots), np.stack(spray, 1)])
 
+# %% ../nbs/09_paint.ipynb #089-667956d7
 def claw(f, turn, r):  # f: where on the hollow's circle it starts
     "Six bubbles, each smaller, on a curling line."
-    at, way, bubbles = np.array([HOLLOW[0] + HOLLOW[2] * np.cos(f), HOLLOW[1] + HOLLOW[2] * np.sin(f)]), f + np.pi + turn, []
+    cx, cy, R = HOLLOW
+    at, way, bubbles = np.array([cx + R * np.cos(f), cy + R * np.sin(f)]), f + np.pi + turn, []
     for _ in range(6):
         bubbles.append((*at, r))
-        at, way, r = at + .9 * r * np.array([np.cos(way), np.sin(way)]), way + (.22 if f < 2.2 else -.22), .8 * r
+        at = at + .9 * r * np.array([np.cos(way), np.sin(way)])
+        way, r = way + (.22 if f < 2.2 else -.22), .8 * r
     return np.array(bubbles)
 
+# %% ../nbs/09_paint.ipynb #090-23eebb71
 def print_foam(cv, bubbles):  # bubbles: Nx3, in sides of the picture
     "Ink first, cream on top: one outline for the whole heap."
     bubbles = bubbles[(np.abs(bubbles[:, :2] - .5) < .55).all(1)]
@@ -462,21 +505,26 @@ def print_foam(cv, bubbles):  # bubbles: Nx3, in sides of the picture
         disc(cv, x + .15 * r, y + .15 * r, .55 * r, hex_rgb('a9cbd0'), .9)
         disc(cv, x - .02 * r, y - .02 * r, .5 * r, CREAM)
 
-# %% ../nbs/09_paint.ipynb #072-676eb578
-SEA = ((.585, .075, .26, .02, 'cfe0cd 8fb9b9 4d86a0 2c5f8a'), (.66, .13, .41, .47, 'd6e6d2 7fb2ba 31749c 1b4b82'), (.80, .27, .78, .44, 'dcead6 7db4c0 2a6da0 143c78 0f2d63'),
-       (.93, .19, .60, .05, 'd6e8d6 6aa9bd 1f5f98 12356f 0c2557'), (1.06, .17, .52, .40, 'cfe4d6 5a9cb6 195590 0f2f68 0a1f4d'))   # trough, height, gap, first crest, colours
+# %% ../nbs/09_paint.ipynb #093-adeab8e0
+SEA = (   # trough, height, gap, first crest, colours
+    (.585, .075, .26, .02, 'cfe0cd 8fb9b9 4d86a0 2c5f8a'), (.66, .13, .41, .47, 'd6e6d2 7fb2ba 31749c 1b4b82'),
+    (.80, .27, .78, .44, 'dcead6 7db4c0 2a6da0 143c78 0f2d63'), (.93, .19, .60, .05, 'd6e8d6 6aa9bd 1f5f98 12356f 0c2557'),
+    (1.06, .17, .52, .40, 'cfe4d6 5a9cb6 195590 0f2f68 0a1f4d'))
 
 def print_wave(rgb, x, y, px, grain, n, seed):  # n: which row of SEA
     "One row of waves, without its foam."
     base, height, gap, first, colours = SEA[n]
-    wx, wy = x + .006 * gradient_noise(x, y, 8, seed + 50 + n), y + .01 * gradient_noise(x, y, 5, seed + 55 + n)
+    wx = x + .006 * gradient_noise(x, y, 8, seed + 50 + n)
+    wy = y + .010 * gradient_noise(x, y, 5, seed + 55 + n)
     d, inwards = wave((wx - first) / height, (base - wy) / height, gap / height)
     d, turns = d * height, 2 * np.pi * inwards * (3.6 + 8 * height)
     stripe = np.sin(turns + .75 * gradient_noise(x, y, 7, seed + 70 + n))
     body = ramp(.42 + .4 * stripe + .08 * grain + .45 * (inwards - .55), colours)
-    body = mix(body, INK, .55 * smoothstep(.16, .02, np.abs(stripe - .05)) * (inwards > .05)) * (1 + .07 * np.sin(5 * turns))[..., None]
+    body = mix(body, INK, .55 * smoothstep(.16, .02, np.abs(stripe - .05)) * (inwards > .05))
+    body = body * (1 + .07 * np.sin(5 * turns))[..., None]
     return mix(mix(rgb, body, smoothstep(-px, px, d)), INK, edge_line(d, .0033, px))
 
+# %% ../nbs/09_paint.ipynb #094-86ddb3c1
 def paint_waves(
     size=512,        # pixels a side
     seed=2,          # other foam, clouds and planks
@@ -484,14 +532,17 @@ def paint_waves(
     "Waves in the woodblock manner."
     rng, (x, y), px = np.random.RandomState(seed), pixel_grid(size), 1 / size
     grain, rings = wood(x, y, 100 * seed)
-    cv = Canvas(print_mountain(print_sky(x, y, px, grain, rings, 100 * seed), x, y, px, grain, 100 * seed))
+    sky = print_sky(x, y, px, grain, rings, 100 * seed)
+    cv = Canvas(print_mountain(sky, x, y, px, grain, 100 * seed))
     for n, (base, height, gap, first, _) in enumerate(SEA):
         cv.rgb[:] = print_wave(cv.rgb, x, y, px, grain, n, 100 * seed)
-        crests = [foam(rng, gap / height - 1.1) * [height, -height, height] + [first + k * gap, base, 0] for k in range(-1, int(1 / gap) + 3)]
-        print_foam(cv, np.maximum(np.concatenate(crests), [-9, -9, .0016]))
-    return to_picture(cv.rgb * (1 + .06 * grain + .06 * octaves(x, y, 80, 100 * seed + 95, 2))[..., None])
+        for k in range(-1, int(1 / gap) + 3):
+            bubbles = foam(rng, gap / height - 1.1) * [height, -height, height] + [first + k * gap, base, 0]
+            print_foam(cv, np.maximum(bubbles, [-9, -9, .0016]))
+    fibre = octaves(x, y, 80, 100 * seed + 95, 2)
+    return to_picture(cv.rgb * (1 + .06 * grain + .06 * fibre)[..., None])
 
-# %% ../nbs/09_paint.ipynb #075-50a59ade
+# %% ../nbs/09_paint.ipynb #097-50a59ade
 def tiles(
     x, y,    # HxW places
     points,  # Nx2
@@ -503,25 +554,30 @@ def tiles(
     border = ((d[:, 1:]**2 - d[:, :1]**2) / (2 * apart)).min(1)
     return k[:, 0].reshape(x.shape), border.reshape(x.shape).astype(np.float32)
 
-# %% ../nbs/09_paint.ipynb #080-a8322f8a
-WHEELS = np.array([(.36, .40, 1.35), (.86, .22, .95), (.80, .78, 1.15), (.16, .90, .9), (.02, .10, .85), (.52, 1.03, .6), (1.04, .5, .6), (.58, -.04, .6)])   # x, y, strength
+# %% ../nbs/09_paint.ipynb #102-c80c9e07
+WHEELS = np.array([(.36, .40, 1.35), (.86, .22, .95), (.80, .78, 1.15), (.16, .90, .9),
+                   (.02, .10, .85), (.52, 1.03, .6), (1.04, .5, .6), (.58, -.04, .6)])   # x, y, strength
 PETALS, WHEEL_SCHEME = (14, 10, 12, 9, 8, 8, 8, 8), (0, 1, 2, 1, 3, 3, 0, 2)
 SCHEMES = [[hex_rgb(c) for c in s.split()] for s in (
     'fff1c0 f6c431 e58a1c c4321d 7d1128 c4321d e9a02a fbe08a', 'fbe9c6 35b6a5 0f6f7c 0d3b66 f2b632 0d3b66 1b8f93 a4dfc4',
     'ffe9a8 d94f70 8a1c54 4b1248 e8a33a 4b1248 a72a63 f0a9a0', 'fff3d0 e9b44c b5651d 5a2a12 e9b44c c9341f f3cf72 7d4a1a')]
 TILE = .0235   # from tile to tile
 
+# %% ../nbs/09_paint.ipynb #103-99295ba3
 def wheel(w, rng):  # -> Nx2 points, N colours as (wheel, radius, angle, ring)
     "Tiles on rings around one middle."
     points, info = [WHEELS[w, :2]], [(w, 0, 0, 0)]
     for ring in range(1, 64):
         r = (ring - .45) * TILE
-        n = max(5, round(2 * np.pi * r / TILE / (1.5 if (7 * ring + 3 * w) % 4 == 0 else 1)))   # every fourth ring has longer tiles
+        longer = 1.5 if (7 * ring + 3 * w) % 4 == 0 else 1   # every fourth ring has longer tiles
+        n = max(5, round(2 * np.pi * r / TILE / longer))
         a = 2 * np.pi * (np.arange(n) + rng.rand()) / n
-        points += list(WHEELS[w, :2] + r * np.stack([np.cos(a), np.sin(a)], 1) + .055 * TILE * rng.randn(n, 2))
+        circle = WHEELS[w, :2] + r * np.stack([np.cos(a), np.sin(a)], 1)
+        points += list(circle + .055 * TILE * rng.randn(n, 2))
         info += [(w, r, o, ring) for o in a]
     return np.array(points), np.array(info)
 
+# %% ../nbs/09_paint.ipynb #104-10a0705c
 def lay_wheels(rng):  # -> (Nx2 points, Nx3 colours)
     "The whole floor: each point belongs to the strongest wheel near it."
     points, info = (np.concatenate(o) for o in zip(*(wheel(w, rng) for w in range(len(WHEELS)))))
@@ -536,10 +592,11 @@ def tile_colours(info, border, rng):
     out = []
     for (w, r, a, ring), b, g in zip(info, border, rng.randint(0, 3, len(info))):
         petal = np.cos(a * PETALS[int(w)] + (w % 2) * .35 * ring) * smoothstep(.03, .12, r)
-        out.append(gold[g] if b else SCHEMES[WHEEL_SCHEME[int(w)]][int((.55 * r / TILE + .9 * petal) % 8)])
+        palette = SCHEMES[WHEEL_SCHEME[int(w)]]
+        out.append(gold[g] if b else palette[int((.55 * r / TILE + .9 * petal) % 8)])
     return (np.array(out) * (1 + .13 * rng.randn(len(out), 1)) + .035 * rng.randn(len(out), 3)).astype(np.float32)
 
-# %% ../nbs/09_paint.ipynb #082-9c522c51
+# %% ../nbs/09_paint.ipynb #106-cc9ff0fb
 def paint_mosaic(
     size=512,        # pixels a side
     seed=3,          # other tiles
@@ -553,12 +610,13 @@ def paint_mosaic(
     gy, gx = np.gradient(np.minimum(border, .006 + gap))
     bevel = -.7071 * (gx + gy) * len(x)
     gloss = (x - points[which, 0]) * askew[which, 0] + (y - points[which, 1]) * askew[which, 1]
-    rgb = colours[which] * ((1 + gloss) * (1 + .1 * octaves(x, y, 60, 100 * seed + 5, 2)) * (1 + .28 * bevel))[..., None] + .1 * np.maximum(bevel, 0)[..., None]
+    grain = 1 + .1 * octaves(x, y, 60, 100 * seed + 5, 2)
+    rgb = colours[which] * ((1 + gloss) * grain * (1 + .28 * bevel))[..., None] + .1 * np.maximum(bevel, 0)[..., None]
     grout = ramp(.5 + .5 * octaves(x, y, 50, 100 * seed + 7, 2), '1d130f 3a2a22 57443a')
     rgb = np.clip(mix(grout, rgb, smoothstep(0, .0014, border - gap)), 0, 1)
     return to_picture(rgb.reshape(size, 2, size, 2, 3).mean((1, 3)))
 
-# %% ../nbs/09_paint.ipynb #087-93bbaa1a
+# %% ../nbs/09_paint.ipynb #111-b57a947d
 def meadow_under(x, y, seed):  # -> (colours, depth into the field: 0 at the horizon, 1 in front)
     "Sky, a row of trees, rows of a field."
     horizon = .34 + .03 * octaves(x, 0 * x + .3, 3, seed, 3)
@@ -570,20 +628,25 @@ def meadow_under(x, y, seed):  # -> (colours, depth into the field: 0 at the hor
     wooded = (y > horizon - .06 - .07 * np.abs(octaves(x, 0 * x + .7, 5, seed + 7, 3))) & (y < horizon + .004)
     return np.where(wooded[..., None], trees, np.where(deep[..., None] > 0, field, sky)), deep
 
+# %% ../nbs/09_paint.ipynb #112-759732d4
 def poppies(cv, deep, x, y, rng, seed, n=1500):
     "Flowers in drifts, larger towards you."
     drift = smoothstep(-.1, .5, octaves(x, 1.3 * deep, 4, seed + 12, 3))
     red = [hex_rgb(c) for c in 'd81e2c d81e2c f0452f f0452f ff6a3d c2185b f7a1b5 fff1e0'.split()]
-    near, at, chance, kind, turn, tone = np.sort(rng.rand(n))**1.25, rng.rand(n), rng.rand(n), rng.randint(0, 8, n), rng.rand(n, 4), rng.randn(n, 4)
+    near, at, chance, kind = np.sort(rng.rand(n))**1.25, rng.rand(n), rng.rand(n), rng.randint(0, 8, n)
+    turn, tone = rng.rand(n, 4), 1 + .14 * rng.randn(n, 4)
     for k in range(n):
-        a, b, s = at[k], .36 + .66 * near[k], .0045 + .016 * near[k]
-        if chance[k] > .15 + .85 * drift[min(int(b * cv.size), cv.size - 1), int(a * cv.size)]: continue
-        for q in range(4):
-            w = q * np.pi / 2 + turn[k, q]
-            petal = np.clip(red[kind[k]] * (1 + .14 * tone[k, q]), 0, 1).astype(np.float32)
-            stroke(cv, a + .32 * s * np.cos(w), b + .22 * s * np.sin(w), w, .95 * s, .75 * s, petal, opacity=.95, dry=.2, tone=.15, hair=k + q)
-        stroke(cv, a, b, 0, .35 * s, .3 * s, hex_rgb('2a1530'), opacity=.9, dry=.2)
+        x, y, s = at[k], .36 + .66 * near[k], .0045 + .016 * near[k]
+        if chance[k] > .15 + .85 * drift[min(int(y * cv.size), cv.size - 1), int(x * cv.size)]: continue
+        poppy(cv, x, y, s, np.clip(red[kind[k]] * tone[k, :, None], 0, 1), np.pi / 2 * np.arange(4) + turn[k], k)
 
+def poppy(cv, x, y, s, colours, angles, hair):
+    "Four petals and a dark heart."
+    for w, colour in zip(angles, colours.astype(np.float32)):
+        stroke(cv, x + .32 * s * np.cos(w), y + .22 * s * np.sin(w), w, .95 * s, .75 * s, colour, opacity=.95, dry=.2, hair=hair)
+    stroke(cv, x, y, 0, .35 * s, .3 * s, hex_rgb('2a1530'), opacity=.9, dry=.2)
+
+# %% ../nbs/09_paint.ipynb #113-4a217520
 def paint_meadow(
     size=512,        # pixels a side
     seed=6,          # other trees and flowers
@@ -599,20 +662,21 @@ def paint_meadow(
     brush(cv, np.clip(lerp(under, opposite, .55), 0, 1), angle, rng, .009, aspect=1.3, cover=.22, jitter=.12, wobble=1.5, **dot)
     poppies(cv, deep, x, y, rng, seed)
     d = np.hypot(x - .68, y - .15)
-    brush(cv, ramp(1 - d / .1, 'f8b98a ffd37a fff4c0'), along(d), rng, .0095, aspect=2, cover=2.2, jitter=.05, wobble=.2, where=smoothstep(.12, .05, d), **dot)
+    sun = ramp(1 - d / .1, 'f8b98a ffd37a fff4c0')
+    brush(cv, sun, along(d), rng, .0095, aspect=2, cover=2.2, jitter=.05, wobble=.2, where=smoothstep(.12, .05, d), **dot)
     return to_picture(lit(cv, .4))
 
-# %% ../nbs/09_paint.ipynb #090-6f97cf4f
+# %% ../nbs/09_paint.ipynb #116-6f97cf4f
 PAINTERS = dict(night=paint_night, web=paint_web, waves=paint_waves, mosaic=paint_mosaic, meadow=paint_meadow)
 
-# %% ../nbs/09_paint.ipynb #092-8881acc5
+# %% ../nbs/09_paint.ipynb #118-8881acc5
 def psnr(
     a, b,     # pictures of one shape in [0,1]
 ) -> float:   # decibels; infinite if they are equal
     "Peak signal-to-noise ratio."
     return -10 * torch.log10((a - b).pow(2).mean()).item()
 
-# %% ../nbs/09_paint.ipynb #096-50218cd5
+# %% ../nbs/09_paint.ipynb #122-9946515c
 def jpeg_under(
     im,             # 3xHxW in [0,1]
     limit=150_000,  # bytes
@@ -620,10 +684,11 @@ def jpeg_under(
     "The best JPEG that is small enough."
     for quality in range(95, 9, -1):
         file = io.BytesIO()
-        Image.fromarray(to_uint8(im)).save(file, 'JPEG', quality=quality, optimize=True)
+        Image.fromarray(to_uint8(im)).save(file, 'JPEG', quality=quality, subsampling=0)
         if file.tell() < limit: return file.getvalue()
     raise ValueError(f'a picture of {im.shape[-1]} x {im.shape[-2]} does not fit into {limit} bytes even at quality 10')
 
+# %% ../nbs/09_paint.ipynb #123-da969333
 def paint_all(
     folder,           # where to; made if it is not there
     size=512,         # pixels a side

@@ -135,7 +135,7 @@ def test_a_line_20000_pixels_long():
     line = encode(Image.new('RGB', (20_000, 1), 'teal'), 'PNG')
     assert read_image(line).shape == (3, 1, 20_000)
     assert read_image(line, 512).shape == (3, 1, 512)
-    assert 'read at 512 x 1' in error(line, size=512, min_size=16)[1] or '20000 x 1' in error(line, size=512, min_size=16)[1]
+    assert error(line, size=512, min_size=16)[1] == 'the picture is 20000 x 1 pixels, read at 512 x 1; its shorter side must be at least 16'
 
 @pytest.mark.parametrize('fmt,limit_mb', [('JPEG', 150), ('PNG', 700)])
 def test_20000_pixels_in_little_memory(fmt, limit_mb, tmp_path):
@@ -252,7 +252,7 @@ def test_stored_pictures_are_what_the_code_paints(name):
     stored = read_image(path)
     assert path.stat().st_size < 150_000 and stored.shape == (3, 512, 512)
     assert paint.psnr(stored, read_image(paint.jpeg_under(paint.PAINTERS[name]()))) > 30
-    assert paint.psnr(stored, paint.PAINTERS[name](seed=12)) < 25
+    assert paint.psnr(resize(stored, 128), paint.PAINTERS[name](128, seed=12)) < 25      # another seed is far off
 
 def test_the_card_names_every_picture_and_its_seed():
     import inspect
