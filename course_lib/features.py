@@ -23,7 +23,7 @@ from .data import DataFile, FetchError, fetch, register
 # %% ../nbs/31_features.ipynb #012-3e0cd260
 imagenet_stats = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # mean and standard deviation of red, green, blue
 
-# %% ../nbs/31_features.ipynb #019-0938e4ef
+# %% ../nbs/31_features.ipynb #019-3779ce6d
 def normalize(
     x,     # ...xCxHxW pictures, floats in [0,1]
     mean,  # C numbers
@@ -31,7 +31,8 @@ def normalize(
 ):         # (x - mean) / std, channel by channel
     "Shift and scale every channel by its own numbers."
     mean, std = (torch.as_tensor(o, dtype=x.dtype, device=x.device) for o in (mean, std))
-    if x.ndim < 3 or x.shape[-3] != len(mean): raise ValueError(f'pictures for {len(mean)} means are ...x{len(mean)}xHxW; got {tuple(x.shape)}')
+    if x.ndim < 3 or x.shape[-3] != len(mean):
+        raise ValueError(f'pictures for {len(mean)} means are ...x{len(mean)}xHxW; got {tuple(x.shape)}')
     return (x - mean[:, None, None]) / std[:, None, None]
 
 # %% ../nbs/31_features.ipynb #038-5c22ce0a
@@ -48,7 +49,7 @@ def vgg_names(
         else: names[f'pool{group}'], group, conv = i, group + 1, 0
     return names
 
-# %% ../nbs/31_features.ipynb #041-fa42cadd
+# %% ../nbs/31_features.ipynb #041-4e3111ab
 @dataclass
 class Backbone:
     "A frozen network to look through, with its layers by name; it normalises by itself."
@@ -65,8 +66,11 @@ class Backbone:
         "Where `layer` stands in `model`."
         if layer in self.layers: return self.layers[layer]
         if isinstance(layer, int) and 0 <= layer < len(self.model): return layer
-        raise ValueError(f"{self.name} has no layer {layer!r}; it has {', '.join(self.layers)}, or a number from 0 to {len(self.model) - 1}")
-    def normalize(self, x): return normalize(x, self.mean, self.std).to(next(self.model.parameters()).dtype)   # bfloat16, if the weights are
+        raise ValueError(f"{self.name} has no layer {layer!r}; it has {', '.join(self.layers)}, "
+                         f'or a number from 0 to {len(self.model) - 1}')
+    def normalize(self, x):
+        "Normalise pictures in [0,1], in the precision of the weights."
+        return normalize(x, self.mean, self.std).to(next(self.model.parameters()).dtype)
     def __call__(self, x): return self.model(self.normalize(x))
     def to(self, *args, **kw):
         "Move the weights, as `nn.Module.to` does."
@@ -74,7 +78,7 @@ class Backbone:
         return self
     def __repr__(self): return f'{self.name}: {len(self.layers)} layers; {self.source}'
 
-# %% ../nbs/31_features.ipynb #047-7213a40e
+# %% ../nbs/31_features.ipynb #047-e4fa97cd
 def freeze(
     model,  # any module
 ):          # the same
@@ -86,7 +90,8 @@ def freeze(
 def _check_inplace(model, idxs):
     for i in set(idxs) - {max(idxs, default=0)}:   # what follows the deepest one never runs
         if getattr(model[i + 1], 'inplace', False):
-            raise ValueError(f'layer {i + 1} works in place and would overwrite the features of layer {i}; give it inplace=False, as freeze(model) does')
+            raise ValueError(f'layer {i + 1} works in place and would overwrite the features of layer {i}; '
+                             'give it inplace=False, as freeze(model) does')
 
 # %% ../nbs/31_features.ipynb #048-8f28dc34
 def calc_features(
@@ -121,7 +126,7 @@ def course_vgg(
             ni = nf
     return nn.Sequential(*layers)
 
-# %% ../nbs/31_features.ipynb #054-c369fc23
+# %% ../nbs/31_features.ipynb #054-0aab982c
 @dataclass
 class Recipe:
     "How a backbone with published weights is made."
@@ -136,18 +141,24 @@ class Recipe:
     def path(self) -> Path: return data_path('weights', self.stored)
 
 def _torchvision_file(file, sha256, size):
-    return register(DataFile(f'weights/{file}', (f'https://download.pytorch.org/models/{file}',), sha256, size, 'BSD-3-Clause (torchvision)', 'trained on ImageNet'))
+    url = f'https://download.pytorch.org/models/{file}'
+    return register(DataFile(f'weights/{file}', (url,), sha256, size, 'BSD-3-Clause (torchvision)', 'trained on ImageNet'))
 
 def squeeze_names(model):
     "SqueezeNet 1.1's layers by the names in its paper."
-    return {n: i for i, n in enumerate('conv1 relu1 pool1 fire2 fire3 pool3 fire4 fire5 pool5 fire6 fire7 fire8 fire9'.split()[:len(model)])}
+    names = 'conv1 relu1 pool1 fire2 fire3 pool3 fire4 fire5 pool5 fire6 fire7 fire8 fire9'
+    return {n: i for i, n in enumerate(names.split()[:len(model)])}
 
-# %% ../nbs/31_features.ipynb #055-69e44ee0
+# %% ../nbs/31_features.ipynb #055-5b700dde
 _gatys = ('relu4_2',), tuple(f'relu{i}_1' for i in range(1, 6))   # the choice of Gatys, Ecker and Bethge
+_vgg16 = _torchvision_file('vgg16-397923af.pth', '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0', 553433881)
+_vgg19 = _torchvision_file('vgg19-dcbb9e9d.pth', 'dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44', 574673361)
+_squeeze = _torchvision_file('squeezenet1_1-b8a52dc0.pth', 'b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b', 4958839)
+
 RECIPES = dict(
-    vgg16=Recipe(models.vgg16, vgg_names, 'vgg16_features.safetensors', _torchvision_file('vgg16-397923af.pth', '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0', 553433881), *_gatys),
-    vgg19=Recipe(models.vgg19, vgg_names, 'vgg19_features.safetensors', _torchvision_file('vgg19-dcbb9e9d.pth', 'dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44', 574673361), *_gatys),
-    squeezenet=Recipe(models.squeezenet1_1, squeeze_names, 'squeezenet1_1.safetensors', _torchvision_file('squeezenet1_1-b8a52dc0.pth', 'b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b', 4958839),
+    vgg16=Recipe(models.vgg16, vgg_names, 'vgg16_features.safetensors', _vgg16, *_gatys),
+    vgg19=Recipe(models.vgg19, vgg_names, 'vgg19_features.safetensors', _vgg19, *_gatys),
+    squeezenet=Recipe(models.squeezenet1_1, squeeze_names, 'squeezenet1_1.safetensors', _squeeze,
                       ('fire2',), ('relu1', 'fire3', 'fire4', 'fire5')))
 
 def backbone_names() -> list:
@@ -171,29 +182,32 @@ def _get_weights(recipe):
     store_features(torch.load(downloaded, map_location='cpu', weights_only=True), recipe.path)
     if not yours: downloaded.unlink()
 
-# %% ../nbs/31_features.ipynb #060-86a2010e
+# %% ../nbs/31_features.ipynb #060-3e2e69d7
 def load_features(
     path,   # a .safetensors file with `features.N. ...`
 ) -> dict:  # 'N. ...' -> tensor; ValueError if the file is damaged
     "The weights of a network's body."
     try: return {k.removeprefix('features.'): v for k, v in load_file(path).items() if k.startswith('features.')}
-    except SafetensorError as e: raise ValueError(f'{Path(path).name} is damaged ({e}); delete {path}, and it can be made anew') from None
+    except SafetensorError as e:
+        raise ValueError(f'{Path(path).name} is damaged ({e}); delete {path}, and it can be made anew') from None
+
+def _refuse(path, why): raise ValueError(f'{path.name} {why}; delete {path}, and it can be made anew') from None
 
 def _body(build, state, path):
+    if not state: _refuse(path, 'holds no weights named features.N')
     with torch.device('meta'): model = build().features     # shapes only: the head is never filled
-    last = max((int(k.split('.')[0]) for k in state), default=-1)
+    last = max(int(k.split('.')[0]) for k in state)
     stop = next((i for i in range(last + 1, len(model)) if list(model[i].parameters())), len(model))
     try: model[:stop].load_state_dict(state, assign=True)
-    except RuntimeError as e: raise ValueError(f'{path.name} holds the weights of another network; delete {path}, and it can be made anew ({str(e).splitlines()[0]})') from None
-    if last < 0: raise ValueError(f'{path.name} holds no weights named features.N; delete {path}, and it can be made anew')
+    except RuntimeError: _refuse(path, 'holds the weights of another network')
     return freeze(model[:stop])
 
-# %% ../nbs/31_features.ipynb #061-5536bbe9
+# %% ../nbs/31_features.ipynb #061-2ed8b4ce
 def avg_pools(
     model,  # nn.Sequential
 ):          # a new one with the same weights
     "Average pooling in place of max pooling: Gatys found the paintings smoother."
-    swap = lambda m: nn.AvgPool2d(m.kernel_size, m.stride, m.padding, m.ceil_mode) if isinstance(m, nn.MaxPool2d) else m
+    def swap(m): return nn.AvgPool2d(m.kernel_size, m.stride, m.padding, m.ceil_mode) if isinstance(m, nn.MaxPool2d) else m
     return nn.Sequential(*(swap(m) for m in model))
 
 def _course_backbone():
@@ -204,10 +218,12 @@ def _course_backbone():
         for m in model:
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
     if path.exists(): model.load_state_dict(load_features(path))
-    source = 'trained by this course, from assets/weights/course_vgg.safetensors' if path.exists() else 'random weights, nothing learned'
-    return Backbone('course_vgg', freeze(model), vgg_names(model), source, ('relu3_2',), tuple(n for n in vgg_names(model) if n.startswith('relu')))
+    learned = f'trained by this course, from assets/weights/{path.name}'
+    names = vgg_names(model)
+    relus = tuple(n for n in names if n.startswith('relu'))
+    return Backbone('course_vgg', freeze(model), names, learned if path.exists() else 'random weights, nothing learned', ('relu3_2',), relus)
 
-# %% ../nbs/31_features.ipynb #062-57a9b60a
+# %% ../nbs/31_features.ipynb #062-c7d97683
 def load_backbone(
     name=None,   # one of `backbone_names()`; None: vgg19 if its weights are here, else course_vgg
     pool='max',  # 'max', or 'avg': average pooling instead
@@ -223,9 +239,10 @@ def load_backbone(
 def _load(name, recipe):
     _get_weights(recipe)
     model = _body(recipe.build, load_features(recipe.path), recipe.path)
-    return Backbone(name, model, recipe.names(model), f'trained on ImageNet, from weights/{recipe.stored} in the data folder', recipe.content_layers, recipe.style_layers)
+    source = f'trained on ImageNet, from weights/{recipe.stored} in the data folder'
+    return Backbone(name, model, recipe.names(model), source, recipe.content_layers, recipe.style_layers)
 
-# %% ../nbs/31_features.ipynb #075-95f96436
+# %% ../nbs/31_features.ipynb #076-95f96436
 def strongest_maps(
     f,    # features 1xCxHxW of one picture
     n=6,  # how many maps

@@ -15,7 +15,7 @@ from .data import get_dummy_dls
 from .learner import Callback, Learner, TrainCB
 from .show import show_images, to_uint8
 
-# %% ../nbs/30_pixels.ipynb #015-0f7d0fc2
+# %% ../nbs/30_pixels.ipynb #015-086c07b4
 class TensorModel(nn.Module):
     "A model without a network: its only parameter is its output."
     def __init__(
@@ -23,7 +23,8 @@ class TensorModel(nn.Module):
         t,  # where to start: a picture CHW or several NCHW, floats; it is copied
     ):
         super().__init__()
-        if not t.is_floating_point(): raise ValueError(f'pixels to optimise are floats in [0,1]; got {t.dtype}: divide by 255 first')
+        if not t.is_floating_point():
+            raise ValueError(f'pixels to optimise are floats in [0,1]; got {t.dtype}: divide by 255 first')
         self.t = nn.Parameter(t.detach().clone())
     def forward(self, x=None): return self.t   # what a loader brings is ignored
 
@@ -33,9 +34,10 @@ class ImageOptCB(TrainCB):
     def predict(self, learn): learn.preds = learn.model()
     def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds)
 
-# %% ../nbs/30_pixels.ipynb #026-d233e645
+# %% ../nbs/30_pixels.ipynb #026-9033980c
 def _same_shape(im, target):
-    if im.shape != target.shape: raise ValueError(f'picture and target need one shape; got {tuple(im.shape)} and {tuple(target.shape)}')
+    if im.shape == target.shape: return
+    raise ValueError(f'picture and target need one shape; got {tuple(im.shape)} and {tuple(target.shape)}')
 
 def pixel_mse(
     target,  # picture CHW, or several NCHW
@@ -53,7 +55,7 @@ def to_frame(
     "A copy for a film; several pictures go side by side."
     return to_uint8(torch.cat(list(im), dim=-1) if im.ndim == 4 else im)
 
-# %% ../nbs/30_pixels.ipynb #038-b8cb3579
+# %% ../nbs/30_pixels.ipynb #038-35a97ee4
 class ImageLogCB(Callback):
     "Film the model: a frame at the start, then one after every `log_every` training steps."
     order = 10
@@ -80,7 +82,8 @@ class ImageLogCB(Callback):
     ):
         "Show some frames, from the first to the last."
         idxs = sorted({round(i) for i in torch.linspace(0, len(self.frames) - 1, n).tolist()})
-        return show_images([self.frames[i] for i in idxs], [f'step {self.steps[i]}' for i in idxs], ncols=len(idxs), imsize=imsize)
+        titles = [f'step {self.steps[i]}' for i in idxs]
+        return show_images([self.frames[i] for i in idxs], titles, ncols=len(idxs), imsize=imsize)
 
 # %% ../nbs/30_pixels.ipynb #040-ce62f07f
 def fit_pixels(
@@ -96,13 +99,14 @@ def fit_pixels(
     learn.fit(1, valid=False)
     return learn
 
-# %% ../nbs/30_pixels.ipynb #057-8ed3c1ce
+# %% ../nbs/30_pixels.ipynb #057-a08786d8
 def colour_loss(
     rgb,  # three numbers in [0,1]
 ):        # a loss: picture CHW or NCHW -> scalar tensor
     "A loss: how far each picture's average colour is from `rgb`."
     rgb = torch.as_tensor(rgb, dtype=torch.float32)
-    if rgb.shape != (3,) or rgb.min() < 0 or rgb.max() > 1: raise ValueError(f'a colour is three numbers in [0,1]; got {rgb.tolist()}')
+    if rgb.shape != (3,) or rgb.min() < 0 or rgb.max() > 1:
+        raise ValueError(f'a colour is three numbers in [0,1]; got {rgb.tolist()}')
     return lambda im: ((im.mean((-2, -1)) - rgb.to(im)) ** 2).mean()
 
 # %% ../nbs/30_pixels.ipynb #069-92d6e71b
