@@ -100,7 +100,7 @@ _torso = 1, _mirror((.16, -.72), (.40, -.62), (.38, -.20), (.40, .68))
 _sleeves = _pair((.36, -.64), (.60, -.40), (.72, .58), (.54, .62), (.38, -.25))
 _opening = .35, _mirror((.03, -.66), (.03, .66))
 
-# %% ../nbs/02_data.ipynb #062-29e661c1
+# %% ../nbs/02_data.ipynb #062-8df75c5c
 OUTLINES = {   # shade and corners of each part, x to the right and y down, in [-1,1]; later parts lie on top
     'T-shirt': [_torso, *_pair((.36, -.64), (.72, -.28), (.58, -.10), (.36, -.30))],
     'Trouser': [(1, _mirror((.30, -.78), (.34, -.10), (.36, .80), (.12, .80), (.05, -.30)))],
@@ -108,17 +108,22 @@ OUTLINES = {   # shade and corners of each part, x to the right and y down, in [
     'Dress': [(1, _mirror((.12, -.82), (.24, -.72), (.16, -.25), (.44, .82)))],
     'Coat': [(1, _mirror((.16, -.78), (.42, -.66), (.40, -.10), (.46, .84))), *_sleeves, _opening],
     'Sandal': [(1, [(-.85, .45), (.20, .50), (.82, .12), (.85, .30), (.30, .66), (-.85, .62)]),
-               (1, [(-.62, .48), (-.40, .10), (-.26, .10), (-.42, .48)]), (1, [(.18, .50), (.36, -.05), (.50, -.02), (.40, .42)])],
+               (1, [(-.62, .48), (-.40, .10), (-.26, .10), (-.42, .48)]),
+               (1, [(.18, .50), (.36, -.05), (.50, -.02), (.40, .42)])],
     'Shirt': [_torso, *_sleeves, _opening, (.6, _mirror((.22, -.70), (.03, -.50)))],
-    'Sneaker': [(1, [(-.88, .20), (-.45, .12), (.10, -.20), (.40, -.25), (.55, -.05), (.85, -.12), (.86, .48), (-.88, .48)])],
-    'Bag': [(1, [(-.72, -.15), (.72, -.15), (.80, .72), (-.80, .72)]), (.8, [*_mirror((.42, -.15), (.30, -.68)), *_mirror((-.28, -.15), (-.18, -.56))])],
-    'Ankle boot': [(1, [(-.85, .35), (-.35, .15), (-.05, 0), (.02, -.75), (.55, -.75), (.62, .30), (.62, .62), (-.85, .62)])]}
+    'Sneaker': [(1, [(-.88, .20), (-.45, .12), (.10, -.20), (.40, -.25), (.55, -.05),
+                     (.85, -.12), (.86, .48), (-.88, .48)])],
+    'Bag': [(1, [(-.72, -.15), (.72, -.15), (.80, .72), (-.80, .72)]),
+            (.8, [*_mirror((.42, -.15), (.30, -.68)), *_mirror((-.28, -.15), (-.18, -.56))])],
+    'Ankle boot': [(1, [(-.85, .35), (-.35, .15), (-.05, 0), (.02, -.75), (.55, -.75),
+                        (.62, .30), (.62, .62), (-.85, .62)])]}
 
-# %% ../nbs/02_data.ipynb #065-9ec04e5c
+# %% ../nbs/02_data.ipynb #065-37c58ec4
 def _draw(parts, n, rng, size=28):
     angle, shear = rng.normal(0, .07, (2, n))
     turn = np.stack([np.cos(angle), np.sin(angle) + shear, -np.sin(angle), np.cos(angle)], -1).reshape(n, 2, 2)
-    turn *= rng.uniform(.65, 1.08, (n, 1, 2)) * np.stack([rng.choice((-1, 1), n), np.ones(n)], -1)[:, None]   # half of them mirrored
+    turn *= rng.uniform(.65, 1.08, (n, 1, 2))
+    turn[..., 0] *= rng.choice((-1, 1), (n, 1))   # half of them mirrored
     shift, im = rng.uniform(-.16, .16, (n, 1, 2)), np.zeros((n, 2 * size, 2 * size))
     for shade, outline in parts:
         corners = np.array(outline) + rng.normal(0, .05, (n, len(outline), 2))
@@ -146,7 +151,7 @@ class GreyPictures:
     def __getitem__(self, i): return self.ims[i] / 255, self.labels[i]
     def __repr__(self): return f'{len(self):,} pictures of {len(self.names)} classes: {self.source}'
 
-# %% ../nbs/02_data.ipynb #072-aef7a224
+# %% ../nbs/02_data.ipynb #072-e15fcc21
 def micro_fashion(
     n=1000,  # how many; the classes are as even as can be
     seed=0,  # the same seed draws the same pictures
@@ -157,17 +162,19 @@ def micro_fashion(
     for i, name in enumerate(fashion_names):
         mine = labels == i
         ims[mine] = (_weave(_draw(OUTLINES[name], mine.sum(), rng), rng) * 255).round()
-    return GreyPictures(torch.from_numpy(ims), labels, fashion_names, f'silhouettes drawn by micro_fashion(seed={seed})')
+    source = f'silhouettes drawn by micro_fashion(seed={seed})'
+    return GreyPictures(torch.from_numpy(ims), labels, fashion_names, source)
 
-# %% ../nbs/02_data.ipynb #081-02774e38
-IDX_TYPES = {8: 'u1', 9: 'i1', 11: '>i2', 12: '>i4', 13: '>f4', 14: '>f8'}   # the format's type codes; > is largest byte first
+# %% ../nbs/02_data.ipynb #083-c1c85984
+IDX_TYPES = {8: 'u1', 9: 'i1', 11: '>i2', 12: '>i4', 13: '>f4', 14: '>f8'}   # > is largest byte first
 
 def _unzipped(path):
     if path.suffix != '.gz': return path.read_bytes()
     try: return gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f'{path.name} is not a whole gzip file: {e}') from e
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f'{path.name} is not a whole gzip file: {e}') from e
 
-# %% ../nbs/02_data.ipynb #082-ff65d7c5
+# %% ../nbs/02_data.ipynb #084-f92d5911
 def read_idx(
     path,  # an IDX file, gzipped (.gz) or plain
 ) -> torch.Tensor:  # of the shape and type that the file names; ValueError if it is no such file, or not all of it
@@ -175,21 +182,24 @@ def read_idx(
     path = Path(path)
     raw = _unzipped(path)
     if len(raw) < 4 or raw[:2] != b'\0\0' or raw[2] not in IDX_TYPES or len(raw) < 4 + 4 * raw[3]:
-        raise ValueError(f'{path.name} is no IDX file: it begins with {raw[:8]!r}, not with two zeros, a type and dimensions')
+        raise ValueError(f'{path.name} is no IDX file: it begins with {raw[:8]!r}, '
+                         'not with two zeros, a type and dimensions')
     dtype, start = np.dtype(IDX_TYPES[raw[2]]), 4 + 4 * raw[3]
     shape = struct.unpack_from(f'>{raw[3]}I', raw, 4)
     needed = start + int(np.prod(shape)) * dtype.itemsize
-    if len(raw) != needed: raise ValueError(f"{path.name} announces {'x'.join(map(str, shape))} numbers, {needed:,} bytes in all; got {len(raw):,}")
+    if len(raw) != needed:
+        raise ValueError(f"{path.name} announces {'x'.join(map(str, shape))} numbers, "
+                         f'{needed:,} bytes in all; got {len(raw):,}')
     return torch.from_numpy(np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder('=')))
 
-# %% ../nbs/02_data.ipynb #096-942ca649
+# %% ../nbs/02_data.ipynb #098-942ca649
 def sha256sum(
     path,  # a file of any size
 ) -> str:  # 64 hex digits
     "The fingerprint of a file's content."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/02_data.ipynb #100-cf1f1149
+# %% ../nbs/02_data.ipynb #102-de6db9d4
 @dataclass(frozen=True)
 class DataFile:
     "A file that the course can use but doesn't bring along."
@@ -200,22 +210,26 @@ class DataFile:
     licence: str    # what its makers allow
     note: str = ''  # what it is, in a few words
     def __post_init__(self):
-        if not re.fullmatch('[0-9a-f]{8,64}', self.sha256): raise ValueError(f'{self.name}: sha256 should be 8 to 64 hex digits in lower case; got {self.sha256!r}')
-        if isinstance(self.urls, str): raise ValueError(f'{self.name}: urls should be a tuple of addresses; got one text, {self.urls!r}')
-        if self.name.startswith('/') or '..' in self.name.split('/'): raise ValueError(f'{self.name}: the name should lead to a place below the data folder')
+        if not re.fullmatch('[0-9a-f]{8,64}', self.sha256):
+            raise ValueError(f'{self.name}: sha256 should be 8 to 64 hex digits in lower case; got {self.sha256!r}')
+        if isinstance(self.urls, str):
+            raise ValueError(f'{self.name}: urls should be a tuple of addresses; got one text, {self.urls!r}')
+        if self.name.startswith('/') or '..' in self.name.split('/'):
+            raise ValueError(f'{self.name}: the name should lead to a place below the data folder')
     @property
     def path(self) -> Path:
         "Where it belongs."
         return data_path(*self.name.split('/'))
 
-# %% ../nbs/02_data.ipynb #103-2c4a2155
+# %% ../nbs/02_data.ipynb #105-686cda60
 _registry = {}
 
 def register(
     file,  # a DataFile
 ) -> DataFile:  # the same
     "Make a file known to `find` and `fetch`."
-    if _registry.get(file.name, file) != file: raise ValueError(f'{file.name} is registered already, and as something else: {_registry[file.name]}')
+    if _registry.get(file.name, file) != file:
+        raise ValueError(f'{file.name} is registered already, and as something else: {_registry[file.name]}')
     return _registry.setdefault(file.name, file)
 
 def registry() -> dict:  # name -> DataFile
@@ -223,10 +237,11 @@ def registry() -> dict:  # name -> DataFile
     return dict(_registry)
 
 def _known(name):
-    if name not in _registry: raise ValueError(f"no file {name!r} is registered; there are {', '.join(sorted(_registry)) or 'none'}")
+    if name not in _registry:
+        raise ValueError(f"no file {name!r} is registered; there are {', '.join(sorted(_registry)) or 'none'}")
     return _registry[name]
 
-# %% ../nbs/02_data.ipynb #106-112efdf0
+# %% ../nbs/02_data.ipynb #108-54b71c9c
 def check_file(
     path,  # a file
     file,  # the DataFile it should be
@@ -234,9 +249,10 @@ def check_file(
     "Raise ValueError unless size and fingerprint are right."
     size, sha = Path(path).stat().st_size, sha256sum(path)
     if size != file.size or not sha.startswith(file.sha256):
-        raise ValueError(f'{file.name} should have {file.size:,} bytes with sha256 {file.sha256[:16]}, but has {size:,} with sha256 {sha[:16]}')
+        raise ValueError(f'{file.name} should have {file.size:,} bytes with sha256 {file.sha256[:16]}, '
+                         f'but has {size:,} with sha256 {sha[:16]}')
 
-# %% ../nbs/02_data.ipynb #109-dbc41b77
+# %% ../nbs/02_data.ipynb #111-dbc41b77
 _checked = set()
 
 def find(
@@ -252,13 +268,15 @@ def find(
         _checked.add(state)
     return file.path
 
-# %% ../nbs/02_data.ipynb #112-76939a87
+# %% ../nbs/02_data.ipynb #114-35e2f240
 def _download(url, file, progress):
-    with atomic_path(file.path) as aside, tqdm(total=file.size, desc=file.path.name, unit='B', unit_scale=True, disable=not progress) as bar:
-        HTTPDownloader(progressbar=bar, chunk_size=2**16, timeout=(10, 60), headers={'Accept-Encoding': 'identity'})(url, aside, None)
+    shown = dict(desc=file.path.name, unit='B', unit_scale=True, disable=not progress)
+    options = dict(chunk_size=2**16, timeout=(10, 60), headers={'Accept-Encoding': 'identity'})
+    with atomic_path(file.path) as aside, tqdm(total=file.size, **shown) as bar:
+        HTTPDownloader(progressbar=bar, **options)(url, aside, None)
         check_file(aside, file)
 
-# %% ../nbs/02_data.ipynb #114-8850fb47
+# %% ../nbs/02_data.ipynb #116-e011dfca
 class FetchError(OSError):
     "A file is neither in the data folder nor to be had from the network."
 
@@ -279,21 +297,24 @@ def fetch(
             _download(url, file, progress)
             return find(name)
         except (RequestException, ValueError) as e: tried.append(f'{url} ({_why(e, file)})')
-    raise FetchError(f"{name} ({file.size / 1e6:.1f} MB) is not in the data folder and could not be downloaded from {' or '.join(tried) or 'anywhere'}; "
+    raise FetchError(f"{name} ({file.size / 1e6:.1f} MB) is not in the data folder and "
+                     f"could not be downloaded from {' or '.join(tried) or 'anywhere'}; "
                      f'if you have it elsewhere, put it at {file.path}')
 
-# %% ../nbs/02_data.ipynb #126-525a5c4e
+# %% ../nbs/02_data.ipynb #128-a1fe6bc7
 _fashion_files = {
     'train-images-idx3-ubyte.gz': (26421880, '3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84'),
     'train-labels-idx1-ubyte.gz': (29515, 'a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845'),
     't10k-images-idx3-ubyte.gz': (4422102, '346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073'),
     't10k-labels-idx1-ubyte.gz': (5148, '67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5')}
-_fashion_urls = 'https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/', 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/'
+_fashion_urls = ('https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/',
+                 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/')
 
 for _name, (_size, _sha) in _fashion_files.items():
-    register(DataFile(f'FashionMNIST/raw/{_name}', tuple(u + _name for u in _fashion_urls), _sha, _size, 'MIT', 'Fashion-MNIST, Zalando Research'))
+    register(DataFile(f'FashionMNIST/raw/{_name}', tuple(u + _name for u in _fashion_urls),
+                      _sha, _size, 'MIT', 'Fashion-MNIST, Zalando Research'))
 
-# %% ../nbs/02_data.ipynb #129-e410b4c6
+# %% ../nbs/02_data.ipynb #131-e410b4c6
 def fashion_ds(
     split,  # 'train' or 'valid' (the official test set)
 ) -> GreyPictures:  # .source says which pictures they are
