@@ -17,11 +17,12 @@ import torch
 
 from .core import SCALES, assets_path, atomic_path, machine, out_path, scale
 
-# %% ../nbs/05_results.ipynb #015-cc208609
+# %% ../nbs/05_results.ipynb #015-dcfed56b
 def _finite(values, who):
     values = [float(v) for v in values]
     if not values: raise ValueError(f'{who} needs at least one value; got none')
-    if bad := [i for i, v in enumerate(values) if not math.isfinite(v)]: raise ValueError(f'{who} needs finite values; number {bad[0]} of {len(values)} is {values[bad[0]]}')
+    if bad := [i for i, v in enumerate(values) if not math.isfinite(v)]:
+        raise ValueError(f'{who} needs finite values; number {bad[0]} of {len(values)} is {values[bad[0]]}')
     return values
 
 # %% ../nbs/05_results.ipynb #017-7df73968
@@ -68,7 +69,7 @@ def summarise(
     sd = math.sqrt(math.fsum((v - mean)**2 for v in values) / (n - 1)) if n > 1 else math.nan
     return Summary(n, mean, sd, min(values), max(values))
 
-# %% ../nbs/05_results.ipynb #030-e6c65854
+# %% ../nbs/05_results.ipynb #031-2793881f
 @dataclass(frozen=True)
 class Difference:
     "How far the mean of one group of runs lies above another's, with its error."
@@ -82,22 +83,24 @@ class Difference:
         return self.interval[0] <= 0 <= self.interval[1]
     def __repr__(self):
         low, high = self.interval
-        return f"{self.value:+.3g}, 95 % interval {low:+.3g} to {high:+.3g}: {'within the noise' if self.within_noise else 'more than noise'}"
+        word = 'within the noise' if self.within_noise else 'more than noise'
+        return f'{self.value:+.3g}, 95 % interval {low:+.3g} to {high:+.3g}: {word}'
 
-# %% ../nbs/05_results.ipynb #031-6eaf713f
+# %% ../nbs/05_results.ipynb #032-d4d54804
 def difference(
     a,  # two or more repeats of one thing
     b,  # two or more repeats of another
 ) -> Difference:  # of their means, a - b
     "Compare two groups of runs, whose spreads may differ (Welch)."
     a, b = summarise(a), summarise(b)
-    if min(a.n, b.n) < 2: raise ValueError(f'difference needs two or more runs of each: one run has no spread; got {a.n} and {b.n}')
+    if min(a.n, b.n) < 2:
+        raise ValueError(f'difference needs two or more runs of each: one run has no spread; got {a.n} and {b.n}')
     value, se = a.mean - b.mean, math.hypot(a.se, b.se)
     df = se**4 / (a.se**4 / (a.n - 1) + b.se**4 / (b.n - 1)) if se else math.inf
     half = _t95(df) * se if se else 0.
     return Difference(value, se, df, (value - half, value + half))
 
-# %% ../nbs/05_results.ipynb #044-9a59e814
+# %% ../nbs/05_results.ipynb #047-9a59e814
 def _sync():
     if torch.cuda.is_available() and torch.cuda.is_initialized(): torch.cuda.synchronize()
     if torch.backends.mps.is_available(): torch.mps.synchronize()
@@ -109,23 +112,29 @@ def _time(f, clock):
     _sync()
     return clock() - start
 
-# %% ../nbs/05_results.ipynb #046-b6b75703
+# %% ../nbs/05_results.ipynb #049-f8186d9d
 def _check_equal(results, check):
     (first, expected), *others = results.items()
     for name, got in others:
-        if check(expected, got) is False: raise ValueError(f'{name!r} does not return what {first!r} returns; their times say nothing')
+        same = check(expected, got)   # None: a check that raises instead
+        if same is not None and not same:
+            raise ValueError(f'{name!r} does not return what {first!r} returns; their times say nothing')
 
+# %% ../nbs/05_results.ipynb #050-af87fd09
 def compare_times(
     fns,        # name -> function without arguments; the first is what the others are compared with
     rounds=7,   # how often each is timed
     warmup=1,   # how often each runs before that, untimed; at least once if there is a check
     *,
-    check,      # check(the first's result, another's): False or an exception if they differ; or None: nothing to compare
+    check,      # check(first's result, another's): false or an exception if they differ; None: nothing to compare
     clock=time.perf_counter,  # seconds
 ) -> 'Timing':
     "Time functions that take turns in one process."
-    if not fns or rounds < 1: raise ValueError(f'compare_times needs a function and a round at least; got {len(fns)} functions and {rounds} rounds')
-    if check and warmup < 1: raise ValueError('compare_times checks what the warm-up returns; it needs warmup=1 or more, or check=None')
+    if not fns or rounds < 1:
+        raise ValueError('compare_times needs a function and a round at least; '
+                         f'got {len(fns)} functions and {rounds} rounds')
+    if check and warmup < 1:
+        raise ValueError('compare_times checks what the warm-up returns; it needs warmup=1 or more, or check=None')
     for _ in range(warmup): results = {name: f() for name, f in fns.items()}
     if check: _check_equal(results, check)
     seconds = {name: [] for name in fns}
@@ -133,13 +142,14 @@ def compare_times(
         for name in list(fns)[::-1 if i % 2 else 1]: seconds[name].append(_time(fns[name], clock))
     return Timing(seconds)
 
-# %% ../nbs/05_results.ipynb #048-af39fd72
+# %% ../nbs/05_results.ipynb #052-15b672ab
 @dataclass
 class Timing:
     "Seconds of functions that took turns, round by round."
     seconds: dict   # name -> one number per round
     def _of(self, name):
-        if name not in self.seconds: raise ValueError(f"nothing called {name!r} was timed; there are {', '.join(self.seconds)}")
+        if name not in self.seconds:
+            raise ValueError(f"nothing called {name!r} was timed; there are {', '.join(self.seconds)}")
         return self.seconds[name]
     def median(self, name) -> float:
         "Seconds in a typical round."
@@ -152,12 +162,15 @@ class Timing:
         return median(self.ratios(name))
     def rows(self) -> list:
         "One row a function, for `save_results`: medians, and the quartiles of the rounds."
-        return [{'what': name, 'ms': 1000 * self.median(name), 'ms, middle half': _middle([1000 * s for s in v], '{:.3g}'.format), 'times as fast': self.ratio(name),
-                 'its middle half': _middle(self.ratios(name), '{:.2f}'.format), 'rounds': len(v)} for name, v in self.seconds.items()]
+        return [{'what': name, 'ms': 1000 * self.median(name),
+                 'ms, middle half': _middle([1000 * s for s in v], '{:.3g}'.format), 'times as fast': self.ratio(name),
+                 'its middle half': _middle(self.ratios(name), '{:.2f}'.format), 'rounds': len(v)}
+                for name, v in self.seconds.items()]
     def _repr_markdown_(self): return _timing_table(self)
-    def __repr__(self): return '; '.join(f'{name}: {_seconds(self.median(name))}, {self.ratio(name):.2f}x' for name in self.seconds)
+    def __repr__(self):
+        return '; '.join(f'{name}: {_seconds(self.median(name))}, {self.ratio(name):.2f}x' for name in self.seconds)
 
-# %% ../nbs/05_results.ipynb #052-2bb77014
+# %% ../nbs/05_results.ipynb #057-2bb77014
 def _seconds(s):
     unit, size = next(((u, z) for u, z in (('s', 1), ('ms', 1e-3), ('µs', 1e-6)) if s >= z), ('ns', 1e-9))
     return f'{s / size:.3g} {unit}'
@@ -168,7 +181,7 @@ def _middle(values, shown):
 
 def _where(m): return f"{m['device']} ({m['name']}, {m['threads']} threads), Python {m['python']}, torch {m['torch']}"
 
-# %% ../nbs/05_results.ipynb #054-09196731
+# %% ../nbs/05_results.ipynb #059-09196731
 def _cell(v):
     if isinstance(v, (list, tuple)): return repr(summarise(v)).replace('(n=', '(')
     if isinstance(v, float): return f'{v:.4g}'
@@ -181,18 +194,21 @@ def markdown_table(
     lines = [list(rows[0]), ['---'] * len(rows[0]), *([_cell(v) for v in row.values()] for row in rows)]
     return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
 
-# %% ../nbs/05_results.ipynb #056-bb7d3de0
+# %% ../nbs/05_results.ipynb #061-f7fca04a
 def _timing_table(timing):
-    shown = [{'what': name, 'median': _seconds(timing.median(name)), 'middle half': _middle(v, _seconds), 'times as fast': f'{timing.ratio(name):.2f}',
-              'its middle half': _middle(timing.ratios(name), '{:.2f}'.format)} for name, v in timing.seconds.items()]
+    shown = [{'what': name, 'median': _seconds(timing.median(name)), 'middle half': _middle(v, _seconds),
+              'times as fast': f'{timing.ratio(name):.2f}',
+              'its middle half': _middle(timing.ratios(name), '{:.2f}'.format)}
+             for name, v in timing.seconds.items()]
     rounds = len(next(iter(timing.seconds.values())))
     return f'{markdown_table(shown)}\n\n{rounds} rounds, taking turns; {_where(machine())}.'
 
-# %% ../nbs/05_results.ipynb #064-2e980634
+# %% ../nbs/05_results.ipynb #069-2a489b1b
 def _check_value(v, where):
     if isinstance(v, (list, tuple)): _finite(v, where)
     elif isinstance(v, float): _finite([v], where)
-    elif not isinstance(v, (str, int, type(None))): raise ValueError(f'{where}: a cell is a number, a text, None or a list of numbers; got {type(v).__name__}')
+    elif not isinstance(v, (str, int, type(None))):
+        raise ValueError(f'{where}: a cell is a number, a text, None or a list of numbers; got {type(v).__name__}')
 
 def check_rows(
     rows,  # dictionaries
@@ -200,16 +216,19 @@ def check_rows(
     "Raise ValueError for rows that make no table."
     if not rows: raise ValueError('a table needs at least one row; got none')
     for i, row in enumerate(rows):
-        if list(row) != list(rows[0]): raise ValueError(f'row {i} has the columns {list(row)}, but row 0 has {list(rows[0])}')
+        if list(row) != list(rows[0]):
+            raise ValueError(f'row {i} has the columns {list(row)}, but row 0 has {list(rows[0])}')
         for k, v in row.items(): _check_value(v, f'row {i}, column {k!r}')
 
-# %% ../nbs/05_results.ipynb #067-ac94108e
+# %% ../nbs/05_results.ipynb #072-36d8d2b5
 def _commit():
-    try: done = subprocess.run(['git', 'describe', '--always', '--exclude=*', '--dirty=+'], capture_output=True, text=True, timeout=10)
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--exclude=*', '--dirty=+'],
+                              capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired): return 'unknown'
     return done.stdout.strip() or 'unknown'
 
-# %% ../nbs/05_results.ipynb #070-294cb98e
+# %% ../nbs/05_results.ipynb #075-294cb98e
 _started = time.time()
 
 def _results_folder(name):
@@ -217,7 +236,7 @@ def _results_folder(name):
     old = json.loads(kept.read_text(encoding='utf-8'))['scale'] if kept.exists() else 'laptop'
     return kept.parent if SCALES.index(scale()) >= SCALES.index(old) else out_path('results')
 
-# %% ../nbs/05_results.ipynb #071-b9991700
+# %% ../nbs/05_results.ipynb #076-de46c759
 def save_results(
     name,          # of the table: letters, digits, - and _; its file is NAME.json
     rows,          # dictionaries with the same keys: numbers, texts, None, or lists of numbers (repeats)
@@ -228,23 +247,27 @@ def save_results(
     folder=None,   # where; None: assets/results, or out/results if a larger scale has been there
 ) -> Path:         # the file
     "Keep a table together with what made it."
-    if not name.replace('-', '').replace('_', '').isalnum(): raise ValueError(f'a name has letters, digits, - and _; got {name!r}')
+    if not name.replace('-', '').replace('_', '').isalnum():
+        raise ValueError(f'a name has letters, digits, - and _; got {name!r}')
     check_rows(rows)
-    whole = dict(name=name, question=question, what=what, rows=rows, scale=scale(), seconds=round(time.time() - _started if seconds is None else seconds, 1),
+    if seconds is None: seconds = time.time() - _started
+    whole = dict(name=name, question=question, what=what, rows=rows, scale=scale(), seconds=round(seconds, 1),
                  machine=machine(), commit=_commit(), date=date.today().isoformat())
     path = Path(folder or _results_folder(name))/f'{name}.json'
-    with atomic_path(path) as aside: aside.write_text(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
     return path
 
-# %% ../nbs/05_results.ipynb #072-20bef6a3
+# %% ../nbs/05_results.ipynb #077-ca4b61b3
 class Results(dict):
     "A table and what made it; a notebook shows it as such."
     def _repr_markdown_(self):
-        made = f"{self['what']}. {self['scale']} scale, {self['seconds']:.0f} s on {_where(self['machine'])}; commit {self['commit']}, {self['date']}."
+        made = (f"{self['what']}. {self['scale']} scale, {self['seconds']:.0f} s on {_where(self['machine'])}; "
+                f"commit {self['commit']}, {self['date']}.")
         return '\n\n'.join([f"**{self['question']}**"] * bool(self['question']) + [markdown_table(self['rows']), made])
     def __repr__(self): return f"{self['name']}: {len(self['rows'])} rows, {self['scale']} scale, {self['date']}"
 
-# %% ../nbs/05_results.ipynb #073-80177233
+# %% ../nbs/05_results.ipynb #078-e6c818fb
 def load_results(
     name,         # of the table
     folder=None,  # where; None: assets/results, else out/results
@@ -253,7 +276,8 @@ def load_results(
     folders = [Path(folder)] if folder else [assets_path('results'), out_path('results')]
     for path in (f/f'{name}.json' for f in folders):
         if path.exists(): return Results(json.loads(path.read_text(encoding='utf-8')))
-    raise FileNotFoundError(f"no table {name!r}; there are {', '.join(sorted({p.stem for f in folders for p in f.glob('*.json')})) or 'none'}")
+    known = ', '.join(sorted({p.stem for f in folders for p in f.glob('*.json')}))
+    raise FileNotFoundError(f"no table {name!r}; there are {known or 'none'}")
 
 def show_results(
     name,         # of the table
