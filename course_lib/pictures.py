@@ -45,9 +45,9 @@ def decoding(
         raise ValueError(f'{name} is not a picture in a known format ({", ".join(FORMATS)})') from None
     except BROKEN as e: raise ValueError(f'{name} is damaged or cut short ({e})') from None
 
-# %% ../nbs/08_pictures.ipynb #026-1693852d
+# %% ../nbs/08_pictures.ipynb #026-b5ed7588
 FORMATS = 'JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'TIFF', 'BMP', 'PPM', 'AVIF', 'JPEG2000'
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.Lock()   # Pillow's limit, below, is one for all threads
 
 def open_picture(
     data,                # bytes of a file
@@ -113,7 +113,7 @@ def to_rgb(
     if im.has_transparency_data: return over_white(levels(np.asarray(im.convert('RGBA'))))
     return levels(np.asarray(im.convert('RGB')))
 
-# %% ../nbs/08_pictures.ipynb #053-a668855a
+# %% ../nbs/08_pictures.ipynb #052-a668855a
 def new_size(
     h, w,  # as it is
     size,  # longest side, or (height, width)
@@ -134,7 +134,7 @@ def resize(
     y = F.interpolate(x if x.ndim == 4 else x[None], size=hw, mode='bilinear', antialias=True)
     return y if x.ndim == 4 else y[0]
 
-# %% ../nbs/08_pictures.ipynb #060-cdacb4ff
+# %% ../nbs/08_pictures.ipynb #061-cdacb4ff
 def shrink_factor(
     im,    # opened by Pillow
     hw,    # (height, width) wanted, in the stored orientation; None for all of it
@@ -142,7 +142,7 @@ def shrink_factor(
     "How many times smaller the picture may be decoded."
     return 1 if hw is None else max(1, int(min(im.height / hw[0], im.width / hw[1]) / 2))
 
-# %% ../nbs/08_pictures.ipynb #063-02a4ca5f
+# %% ../nbs/08_pictures.ipynb #064-6b6740d0
 def check_pixels(
     im,          # opened by Pillow, after `draft`
     max_pixels,  # at most so many are decoded
@@ -152,9 +152,10 @@ def check_pixels(
     n = im.width * im.height
     if n <= max_pixels: return
     raise ValueError(f'{name} has {im.width} x {im.height} = {n / 1e6:,.0f} million pixels to decode; the limit is '
-                     f'{max_pixels / 1e6:,.0f} million. A JPEG can be read smaller with size=; otherwise raise max_pixels')
+                     f'{max_pixels / 1e6:,.0f} million. '
+                     'A JPEG can be read smaller with size=; otherwise raise max_pixels')
 
-# %% ../nbs/08_pictures.ipynb #065-7ec07688
+# %% ../nbs/08_pictures.ipynb #066-7ec07688
 def decode(
     im,          # opened by Pillow
     factor,      # so many times smaller is enough
@@ -171,7 +172,7 @@ def decode(
         if rest > 1 and im.mode in ('L', 'RGB', 'CMYK', 'RGBA'): im = im.reduce(rest)
         return to_rgb(im)
 
-# %% ../nbs/08_pictures.ipynb #067-c32e2ab6
+# %% ../nbs/08_pictures.ipynb #068-a171a024
 def read_image(
     source,                  # a path, or the bytes of a file
     size=None,               # longest side, or (height, width); as it is if None
@@ -187,7 +188,8 @@ def read_image(
     h, w = (im.height, im.width)[swap]
     hw = new_size(h, w, max(h, w) if size is None else size)
     if min(h, w, *hw) < min_size:
-        raise ValueError(f'{name} is {w} x {h} pixels, read at {hw[1]} x {hw[0]}; its shorter side must be at least {min_size}')
+        raise ValueError(f'{name} is {w} x {h} pixels, read at {hw[1]} x {hw[0]}; '
+                         f'its shorter side must be at least {min_size}')
     x = decode(im, shrink_factor(im, hw[swap]), max_pixels, name)
     return resize(upright(x, turn), hw).contiguous()
 
@@ -196,10 +198,11 @@ def warn_frames(im, name):
     with decoding(name): frames = getattr(im, 'n_frames', 1)
     if frames > 1 and im.format != 'MPO': warnings.warn(f'{name} has {frames} frames; the first is read', stacklevel=3)
 
-# %% ../nbs/08_pictures.ipynb #083-956b1444
-PHOTOS = dict(astronaut='astronaut.png', brick='brick.png', camera='camera.png', chelsea='chelsea.png', coffee='coffee.png',
-              coins='coins.png', grass='grass.png', gravel='gravel.png', hubble_deep_field='hubble_deep_field.jpg', moon='moon.png',
-              motorcycle='motorcycle_left.png', retina='retina.jpg', rocket='rocket.jpg')
+# %% ../nbs/08_pictures.ipynb #084-a07b5bef
+PHOTOS = dict(astronaut='astronaut.png', brick='brick.png', camera='camera.png',
+              chelsea='chelsea.png', coffee='coffee.png',
+              coins='coins.png', grass='grass.png', gravel='gravel.png', hubble_deep_field='hubble_deep_field.jpg', 
+              moon='moon.png',               motorcycle='motorcycle_left.png', retina='retina.jpg', rocket='rocket.jpg')
 
 def _photo_path(file): return Path(find_spec('skimage').origin).parent/'data'/file
 
@@ -215,7 +218,7 @@ def photo(
     if name not in photo_names(): raise ValueError(f'there is no photo {name!r}; there are {", ".join(photo_names())}')
     return read_image(_photo_path(PHOTOS[name]), size)
 
-# %% ../nbs/08_pictures.ipynb #086-a1fcfe63
+# %% ../nbs/08_pictures.ipynb #087-a1fcfe63
 def style_paths() -> dict:  # name -> path; the embedded ones first
     "The style pictures there are."
     folders = assets_path('pictures'), data_path('pictures')
@@ -238,7 +241,7 @@ def style_image(
     if name not in paths: raise ValueError(f'there is no style picture {name!r}; there are {", ".join(paths)}')
     return read_image(paths[name], size)
 
-# %% ../nbs/08_pictures.ipynb #091-6e179e23
+# %% ../nbs/08_pictures.ipynb #092-6e179e23
 def find_picture(
     what,        # name of a style picture or a photo, or a path
     size=256,    # longest side, or (height, width); None for the file's own
