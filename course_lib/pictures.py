@@ -198,11 +198,11 @@ def warn_frames(im, name):
     with decoding(name): frames = getattr(im, 'n_frames', 1)
     if frames > 1 and im.format != 'MPO': warnings.warn(f'{name} has {frames} frames; the first is read', stacklevel=3)
 
-# %% ../nbs/08_pictures.ipynb #084-a07b5bef
-PHOTOS = dict(astronaut='astronaut.png', brick='brick.png', camera='camera.png',
-              chelsea='chelsea.png', coffee='coffee.png',
-              coins='coins.png', grass='grass.png', gravel='gravel.png', hubble_deep_field='hubble_deep_field.jpg', 
-              moon='moon.png',               motorcycle='motorcycle_left.png', retina='retina.jpg', rocket='rocket.jpg')
+# %% ../nbs/08_pictures.ipynb #084-e6fa9f3e
+PHOTOS = dict(astronaut='astronaut.png', brick='brick.png', camera='camera.png', chelsea='chelsea.png',
+              coffee='coffee.png', coins='coins.png', grass='grass.png', gravel='gravel.png',
+              hubble_deep_field='hubble_deep_field.jpg', moon='moon.png', motorcycle='motorcycle_left.png',
+              retina='retina.jpg', rocket='rocket.jpg')
 
 def _photo_path(file): return Path(find_spec('skimage').origin).parent/'data'/file
 
