@@ -72,14 +72,11 @@ def dispatch(
     cbs = sorted(cbs, key=attrgetter('order'))
     return {e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in events}
 
-# %% ../nbs/10_learner.ipynb #053-759c7a00
-def _bad_batch(
-    batch,  # what came from the data loader
-    n_inp,  # how many inputs it should have
-) -> Exception:
-    "The error to raise for a batch that `TrainCB` can't take apart."
-    if isinstance(batch, (tuple, list)): return ValueError(f'n_inp is {n_inp}, but the batch has only {len(batch)} part(s)')
-    return TypeError(f'a batch must be a tuple or list of its parts, got {type(batch).__name__}')
+# %% ../nbs/10_learner.ipynb #053-3e6d7855
+def _check_batch(batch, n_inp):
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f'a batch must be a tuple or list of its parts, got {type(batch).__name__}')
+    if len(batch) < n_inp: raise ValueError(f'n_inp is {n_inp}, but the batch has only {len(batch)} part(s)')
 
 class TrainCB(Callback):
     "Plain training: the first `n_inp` parts of a batch go to the model, the rest to the loss."
@@ -88,9 +85,8 @@ class TrainCB(Callback):
         n_inp=1,  # how many parts of the batch the model takes
     ): self.n_inp = n_inp
     def predict(self, learn):
-        batch, n = learn.batch, self.n_inp
-        if not isinstance(batch, (tuple, list)) or len(batch) < n: raise _bad_batch(batch, n)
-        learn.preds = learn.model(*batch[:n])
+        if learn.iter == 0: _check_batch(learn.batch, self.n_inp)
+        learn.preds = learn.model(*learn.batch[:self.n_inp])
     def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *learn.batch[self.n_inp:])
     def backward(self, learn): learn.loss.backward()
     def step(self, learn): learn.opt.step()
@@ -127,7 +123,7 @@ def cleanup(
     try: methods[-1](learn)
     finally: cleanup(methods[:-1], learn)
 
-# %% ../nbs/10_learner.ipynb #067-eea266bd
+# %% ../nbs/10_learner.ipynb #067-37a2b1ad
 class Calls:
     "Who is called when during one fit: looked up once, walked in every batch."
     def __init__(
@@ -135,7 +131,7 @@ class Calls:
         cbs,  # callbacks
     ):
         self.on = dispatch(cbs, EVENTS) | find_actions(cbs)
-        self.batch = {training: self.around('batch', *batch_steps(self.on, training)) for training in (True, False)}
+        self.batch = {t: self.around('batch', *batch_steps(self.on, t)) for t in (True, False)}   # training or not
     def around(self, level, *body):
         "Before, body, after: one tuple of functions of the learner."
         return (*self.on[f'before_{level}'], *body, *self.on[f'after_{level}'])
@@ -146,7 +142,7 @@ class Calls:
         except CANCELS[level]: pass
         finally: cleanup(self.on[f'cleanup_{level}'], learn)
 
-# %% ../nbs/10_learner.ipynb #072-73a34e6b
+# %% ../nbs/10_learner.ipynb #072-81af8729
 class Learner:
     "Holds a model, its data, a loss function and an optimizer, and calls callbacks at every event of training."
     def __init__(
@@ -180,7 +176,8 @@ class Learner:
         try: self._run('fit', lambda learn: learn._epochs())
         finally: self.fitting = False
 
-    def _new_opt(self, lr): return self.opt_func([p for p in self.model.parameters() if p.requires_grad], lr=lr)
+    def _new_opt(self, lr):
+        return self.opt_func([p for p in self.model.parameters() if p.requires_grad], lr=lr)
 
     def _run(self, level, body): self.calls.run(level, self.calls.around(level, body), self)
 
