@@ -51,17 +51,18 @@ EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_
           'after_batch', 'after_epoch', 'after_fit', 'cleanup_batch', 'cleanup_epoch', 'cleanup_fit')
 ACTIONS = 'predict', 'get_loss', 'backward', 'step', 'zero_grad'
 
-# %% ../nbs/10_learner.ipynb #042-76b7de65
+# %% ../nbs/10_learner.ipynb #042-fe93b7ba
 class Callback:
     "Methods named after an event are called at that event, with the learner; lower `order` first."
     order = 0
     def __init_subclass__(cls):
-        for name in set(vars(cls)) - set(EVENTS):
+        for name in set(vars(cls)) - {*EVENTS, *ACTIONS}:
             claims = name.startswith(('before_', 'after_', 'cleanup_'))   # meant as an event, however far from one
             near = get_close_matches(name, EVENTS, n=1, cutoff=0 if claims else 0.8)
-            if near and name[0] != '_': raise ValueError(f'{cls.__name__}.{name} is no event; nearest: {near[0]}, all: EVENTS')
+            near = near or get_close_matches(name, ACTIONS, n=1, cutoff=0.9)   # stricter: `steps` is a fair name
+            if near and name[0] != '_': raise ValueError(f'{cls.__name__}.{name} is no event or action; nearest: {near[0]}, all: EVENTS, ACTIONS')
 
-# %% ../nbs/10_learner.ipynb #049-2da4b67a
+# %% ../nbs/10_learner.ipynb #050-2da4b67a
 def dispatch(
     cbs,     # callbacks
     events,  # names to look up
@@ -72,7 +73,7 @@ def dispatch(
     cbs = sorted(cbs, key=attrgetter('order'))
     return {e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in events}
 
-# %% ../nbs/10_learner.ipynb #053-3e6d7855
+# %% ../nbs/10_learner.ipynb #054-3e6d7855
 def _check_batch(batch, n_inp):
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f'a batch must be a tuple or list of its parts, got {type(batch).__name__}')
@@ -92,7 +93,7 @@ class TrainCB(Callback):
     def step(self, learn): learn.opt.step()
     def zero_grad(self, learn): learn.opt.zero_grad()
 
-# %% ../nbs/10_learner.ipynb #055-0f92f8f8
+# %% ../nbs/10_learner.ipynb #056-0f92f8f8
 def find_actions(
     cbs,    # callbacks
 ) -> dict:  # {action: a tuple of the one bound method that does it}
@@ -102,7 +103,7 @@ def find_actions(
     if missing: raise ValueError(f"no callback brings {', '.join(missing)}; add TrainCB() or one of your own to cbs")
     return {a: methods[-1:] for a, methods in found.items()}
 
-# %% ../nbs/10_learner.ipynb #059-65cb8720
+# %% ../nbs/10_learner.ipynb #060-65cb8720
 FORWARD = 'predict', 'after_predict', 'get_loss', 'after_loss'
 UPDATE = 'backward', 'after_backward', 'step', 'after_step'
 
@@ -113,7 +114,7 @@ def batch_steps(
     "All that a batch does between `before_batch` and `after_batch`."
     return tuple(f for name in (('zero_grad', *FORWARD, *UPDATE) if training else FORWARD) for f in table[name])
 
-# %% ../nbs/10_learner.ipynb #063-4b85b639
+# %% ../nbs/10_learner.ipynb #064-4b85b639
 def cleanup(
     methods,  # bound methods of callbacks, in order
     learn,    # their argument
@@ -123,7 +124,7 @@ def cleanup(
     try: methods[-1](learn)
     finally: cleanup(methods[:-1], learn)
 
-# %% ../nbs/10_learner.ipynb #067-37a2b1ad
+# %% ../nbs/10_learner.ipynb #068-37a2b1ad
 class Calls:
     "Who is called when during one fit: looked up once, walked in every batch."
     def __init__(
@@ -142,7 +143,7 @@ class Calls:
         except CANCELS[level]: pass
         finally: cleanup(self.on[f'cleanup_{level}'], learn)
 
-# %% ../nbs/10_learner.ipynb #072-81af8729
+# %% ../nbs/10_learner.ipynb #073-81af8729
 class Learner:
     "Holds a model, its data, a loss function and an optimizer, and calls callbacks at every event of training."
     def __init__(
@@ -195,7 +196,7 @@ class Learner:
         run, steps = self.calls.run, self.calls.batch[self.training]   # looked up here, not in every batch
         for self.iter, self.batch in enumerate(self.dl): run('batch', steps, self)
 
-# %% ../nbs/10_learner.ipynb #074-789d9cbc
+# %% ../nbs/10_learner.ipynb #075-789d9cbc
 def synth_learner(
     cbs=(),     # callbacks beside TrainCB
     lr=0.1,     # learning rate
@@ -204,7 +205,7 @@ def synth_learner(
     "A Learner that finds a line within milliseconds: for trying callbacks."
     return Learner(Line(), synth_dls(**dls_args), F.mse_loss, lr=lr, cbs=[TrainCB(), *cbs])
 
-# %% ../nbs/10_learner.ipynb #116-a65617d1
+# %% ../nbs/10_learner.ipynb #117-a65617d1
 class MomentumCB(Callback):
     "Momentum with any optimizer: keep part of the gradient instead of zeroing it."
     order = 1   # above TrainCB, whose zero_grad it replaces
