@@ -120,7 +120,7 @@ def _check_equal(results, check):
         if same is not None and not same:
             raise ValueError(f'{name!r} does not return what {first!r} returns; their times say nothing')
 
-# %% ../nbs/05_results.ipynb #050-af87fd09
+# %% ../nbs/05_results.ipynb #050-35efcac9
 def compare_times(
     fns,        # name -> function without arguments; the first is what the others are compared with
     rounds=7,   # how often each is timed
@@ -128,7 +128,7 @@ def compare_times(
     *,
     check,      # check(first's result, another's): false or an exception if they differ; None: nothing to compare
     clock=time.perf_counter,  # seconds
-) -> 'Timing':
+):  # a `Timing`, see below
     "Time functions that take turns in one process."
     if not fns or rounds < 1:
         raise ValueError('compare_times needs a function and a round at least; '

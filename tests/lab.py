@@ -97,7 +97,7 @@ def lab_server(folder, **env):
         homes = {k: str(own/k) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR')}
         command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
                    f'--ServerApp.root_dir={folder}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None', '--LabApp.extension_manager=readonly']
-        env = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, **homes, **env, 'JUPYTER_TOKEN': token}   # a reader has no IN_TEST
+        env = {**{k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'MPLBACKEND')}, **homes, **env, 'JUPYTER_TOKEN': token}   # a reader has neither
         if os.geteuid() == 0: command.append('--allow-root')
         with open(log, 'w') as out: proc = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
         try:

@@ -72,6 +72,7 @@ def test_a_typed_weight_is_exact(cells):
 
 def test_a_page_made_by_a_program_keeps_the_picture_alone(root, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(root))
+    monkeypatch.delenv('MPLBACKEND', raising=False)   # the notebook chooses its own
     nb = NotebookClient(nbformat.reads(notebook([CELL]), 4), timeout=60).execute()
     outputs = nb.cells[0].outputs
     assert [o.output_type for o in outputs] == ['display_data']
