@@ -81,9 +81,9 @@ class Painting:
         if film: save_film(self.frames, film)
         return Path(path)
 
-# %% ../nbs/33_style_transfer.ipynb #020-0656a5fc
+# %% ../nbs/33_style_transfer.ipynb #020-b19ac7e1
 class WatchCB(Callback):
-    "Tell `tell(step, steps, parts)` how it goes, `parts` being the losses by name; stop once `stopped()` is true."
+    "Tell how it goes, step by step; stop once `stopped()` is true."
     order = 15
     def __init__(
         self,
@@ -96,7 +96,7 @@ class WatchCB(Callback):
         if self.tell: self.tell(len(self.losses), self.steps, learn)
         if self.stopped and self.stopped(): raise CancelFitException()
 
-# %% ../nbs/33_style_transfer.ipynb #022-104b0f7d
+# %% ../nbs/33_style_transfer.ipynb #022-e879f96f
 def transfer(
     content,             # picture 3xHxW in [0,1], or several NCHW
     style,               # picture 3xHxW in [0,1], of any size
@@ -118,7 +118,7 @@ def transfer(
     "Paint `content` in the style of `style`, by optimising its pixels."
     if steps < 1: raise ValueError(f'steps must be at least 1; got {steps}')
     settings = dict(content_layers=content_layers, style_layers=style_layers, content_weight=content_weight, tv_weight=tv_weight,
-                    range_weight=range_weight, start=start if isinstance(start, str) else 'picture', steps=steps, lr=lr, precision=precision, seed=seed)
+                    range_weight=range_weight, start=start, steps=steps, lr=lr, precision=precision, seed=seed)
     began = time.perf_counter()
     set_seed(seed)
     tune_malloc()
