@@ -172,13 +172,14 @@ class RunBar:
         if heading and self.bar.disable: print(f'{self.name}: {heading[1]}', file=sys.stderr, flush=True)
         elif heading: self.bar.set_description(f'{self.name}: {heading[1]}')
 
-# %% ../nbs/92_cli.ipynb #033-21ea823b
+# %% ../nbs/92_cli.ipynb #033-994411dd
 class CtrlC:
-    "A hook for nbclient: at Ctrl-C, cancel the run and remember."
+    "A hook for nbclient: at Ctrl-C, or when told to end, cancel the run and remember."
     seen = False
     def on_notebook_start(self, notebook):
         self.task = asyncio.current_task()
-        try: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.stop)
+        try:
+            for sig in signal.SIGINT, signal.SIGTERM: asyncio.get_running_loop().add_signal_handler(sig, self.stop)
         except (NotImplementedError, RuntimeError, ValueError): pass   # Windows; not the main thread
     def stop(self):
         self.seen = True

@@ -334,11 +334,12 @@ def test_run_survives_a_kernel_that_dies(course, lesson, decoy):
     assert code == 1 and 'stopped at cell 6, `import os; os._exit(3)`: its kernel died' in err and Path('out/98_probe.html').exists()
 
 @posix
-def test_ctrl_c_ends_a_run(process, lesson, decoy):
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_a_run(process, lesson, decoy, sig):
     path = lesson('import os, time\nout_path("pid").write_text(str(os.getpid()))\ntime.sleep(100)')
     p = process('run', path, '--out', 'out')
     while not (Path('out/pid').exists() and Path('out/pid').read_text()) and p.poll() is None: time.sleep(.1)
-    p.send_signal(signal.SIGINT)
+    p.send_signal(sig)
     out, err = p.communicate(timeout=30)
     assert p.returncode == 130 and err.splitlines()[-1] == 'course: stopped' and 'Traceback' not in err
     assert 'on the page' in Path('out/98_probe.html').read_text(encoding='utf-8')
