@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fashion_names', 'OUTLINES', 'IDX_TYPES', 'DataLoaders', 'get_dls', 'TfmDS', 'LengthDataset', 'get_dummy_dls',
            'inside_polygon', 'GreyPictures', 'micro_fashion', 'read_idx', 'sha256sum', 'DataFile', 'register',
-           'registry', 'check_file', 'find', 'FetchError', 'fetch', 'fashion_ds']
+           'registry', 'check_file', 'find', 'FetchError', 'fetch', 'fashion_ds', 'TensorLoader']
 
 # %% ../nbs/02_data.ipynb #003-e1ed9cee
 import gzip, hashlib, re, struct, zlib
@@ -324,3 +324,22 @@ def fashion_ds(
     paths = [find(f'FashionMNIST/raw/{part}-{kind}-ubyte.gz') for kind in ('images-idx3', 'labels-idx1')]
     if None in paths: return micro_fashion(*dict(train=(6000, 0), valid=(1000, 1))[split])
     return GreyPictures(*map(read_idx, paths), fashion_names, f'Fashion-MNIST, {split}')
+
+# %% ../nbs/02_data.ipynb #f26eb993
+class TensorLoader:
+    "Batches cut straight from tensors in memory: no items, no collation."
+    def __init__(
+        self,
+        *tensors,        # of the same length: inputs, targets ...
+        bs=64,           # items in a batch; the last one may be smaller
+        shuffle=False,   # a new order in each pass?
+        generator=None,  # random numbers for the order; None: torch's global ones
+    ):
+        lengths = {len(t) for t in tensors}
+        if len(lengths) != 1 or 0 in lengths: raise ValueError(f'TensorLoader needs tensors of one length, above 0; got {[len(t) for t in tensors]}')
+        self.tensors, self.bs, self.shuffle, self.generator = tensors, bs, shuffle, generator
+    def __len__(self): return -(-len(self.tensors[0]) // self.bs)   # rounded up
+    def __iter__(self):
+        n = len(self.tensors[0])
+        places = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
+        for chunk in places.split(self.bs): yield tuple(t[chunk] for t in self.tensors)
