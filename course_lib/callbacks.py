@@ -605,10 +605,11 @@ class CheckpointCB(Callback):
     def load(self, learn):
         cbs = [cb for cb in learn.active_cbs if hasattr(cb, 'load_state_dict')]
         state = load_checkpoint(self.path, learn.model)
-        found, needed = ([opt, *names] for opt, names in ((state['opt'][0], [name for name, _ in state['cbs']]), (type(learn.opt).__name__, [type(cb).__name__ for cb in cbs])))
-        _compare(dict(enumerate(found)), dict(enumerate(needed)), f'{self.path.name} was made with another optimizer or other callbacks')
+        def compare(found, needed): _compare(dict(enumerate(found)), dict(enumerate(needed)), f'{self.path.name} was made with another optimizer or other callbacks')
+        compare([name for name, _ in state['cbs']], [type(cb).__name__ for cb in cbs])
+        for cb, (_, s) in zip(cbs, state['cbs']): cb.load_state_dict(s)   # first: a schedule brings the optimizer of its phase
+        compare([state['opt'][0]], [type(learn.opt).__name__])
         learn.opt.load_state_dict(state['opt'][1])
-        for cb, (_, s) in zip(cbs, state['cbs']): cb.load_state_dict(s)
         for k, p in learn.model.named_parameters(): p.grad = None if state['grads'][k] is None else state['grads'][k].to(p)
         set_rng_state(state['rng'], learn.dls)
         learn.epochs = range(state['done'], learn.n_epochs)

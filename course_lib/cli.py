@@ -6,7 +6,7 @@
 __all__ = ['PICTURES', 'SETTINGS', 'TEMPLATE', 'NEEDED', 'FOR_LESSONS', 'outputs', 'same_file', 'writable', 'human', 'writing',
            'at_least', 'layer_weights', 'style', 'paint', 'style_options', 'lesson_path', 'CellFailed', 'RunBar',
            'CtrlC', 'client_for', 'execute', 'first_line', 'data_url', 'relink', 'directives', 'as_shown', 'html_page',
-           'leave', 'run', 'short', 'findings', 'machine_findings', 'doctor', 'state', 'data', 'parser',
+           'leave', 'opening', 'run', 'short', 'findings', 'machine_findings', 'doctor', 'state', 'data', 'parser',
            'spoken_warnings', 'sentence', 'main']
 
 # %% ../nbs/92_cli.ipynb #003-0ff1979c
@@ -93,9 +93,9 @@ def style(args):
     from course_lib.style_transfer import transfer
     picture, film = outputs(args.out, args.content, args.style)
     content, style = find_picture(args.content, args.size, min_size=32), find_picture(args.style, args.style_size or args.size, min_size=32)
-    backbone = load_backbone(args.backbone)
-    for layer in [*(args.content_layers or ()), *(args.style_layers or ())]: backbone.index(layer)   # unknown ones raise
     writable(picture.parent)
+    backbone = load_backbone(args.backbone)   # may download half a gigabyte: the last of the checks but one
+    for layer in [*(args.content_layers or ()), *(args.style_layers or ())]: backbone.index(layer)   # unknown ones raise
     print(f'{args.content}, {content.shape[2]} x {content.shape[1]}, in the style of {args.style}; network {backbone}', flush=True)
     painting = paint(transfer, content, style, backbone, args)
     with writing(picture): painting.save(picture)
@@ -289,6 +289,15 @@ def leave(
     for name, text in made.items():
         with writing(out/name), atomic_path(out/name) as aside: aside.write_text(text, encoding='utf-8')
 
+def opening(
+    nb,      # a lesson
+    name,    # its name
+) -> str:
+    "What is said before a lesson runs: its name, and the network if it looks at pictures through one."
+    if not any('load_backbone()' in c.source for c in nb.cells if c.cell_type == 'code'): return name
+    from course_lib.features import load_backbone
+    return f'{name}; network {load_backbone()}'
+
 def run(args):
     "Run a lesson from top to bottom; leaves it as a notebook and as a page, with its pictures and films."
     import nbformat
@@ -298,6 +307,7 @@ def run(args):
     writable(out)
     try: nb = nbformat.read(path, as_version=4)
     except Exception as e: raise ValueError(f'{path.name} is no notebook that can be read ({e})') from None
+    print(opening(nb, path.stem), flush=True)
     env = dict(os.environ, COURSE_OUT=str(out), COURSE_STATIC='1', MPLBACKEND='module://matplotlib_inline.backend_inline', PYDEVD_DISABLE_FILE_VALIDATION='1')
     try: execute(nb, path.parent, path.stem, env | ({'COURSE_SCALE': args.scale} if args.scale else {}))
     finally:

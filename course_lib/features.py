@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['imagenet_stats', 'RECIPES', 'normalize', 'vgg_names', 'Backbone', 'freeze', 'calc_features', 'course_vgg', 'Recipe',
-           'squeeze_names', 'backbone_names', 'store_features', 'load_features', 'avg_pools', 'load_backbone',
-           'strongest_maps']
+           'squeeze_names', 'backbone_names', 'backbones_here', 'store_features', 'load_features', 'avg_pools',
+           'load_backbone', 'strongest_maps']
 
 # %% ../nbs/31_features.ipynb #003-c73e5731
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ class Backbone:
     model: nn.Sequential  # in evaluation mode, without gradients for its weights, nothing in place
     layers: dict          # name -> index in `model`
     source: str           # which weights, from where
+    learned: bool         # False: the weights are random
     content_layers: tuple # names: a good choice for a picture's content
     style_layers: tuple   # names: a good choice for a picture's style
     mean: tuple = imagenet_stats[0]
@@ -69,8 +70,10 @@ class Backbone:
         raise ValueError(f"{self.name} has no layer {layer!r}; it has {', '.join(self.layers)}, "
                          f'or a number from 0 to {len(self.model) - 1}')
     def normalize(self, x):
-        "Normalise pictures in [0,1], in the precision of the weights."
-        return normalize(x, self.mean, self.std).to(next(self.model.parameters()).dtype)
+        "Normalise pictures in [0,1], in the precision and memory layout of the weights."
+        x, w = normalize(x, self.mean, self.std), next(self.model.parameters())
+        last = x.ndim == 4 and w.is_contiguous(memory_format=torch.channels_last)
+        return x.to(w.dtype, memory_format=torch.channels_last if last else torch.preserve_format)
     def __call__(self, x): return self.model(self.normalize(x))
     def to(self, *args, **kw):
         "Move the weights, as `nn.Module.to` does."
@@ -101,10 +104,10 @@ def calc_features(
 ) -> list:   # activations NxCxHxW, in the order of `layers`
     "The activations of chosen layers: run the network layer by layer, no deeper than needed."
     idxs = [model.index(l) for l in layers] if isinstance(model, Backbone) else list(layers)
+    x, feats = x if x.ndim == 4 else x[None], {}
     if isinstance(model, Backbone): x, model = model.normalize(x), model.model
     _check_inplace(model, idxs)
     h, w = x.shape[-2:]
-    x, feats = x if x.ndim == 4 else x[None], {}
     for i, layer in enumerate(model[:max(idxs, default=-1) + 1]):
         try: x = layer(x)
         except RuntimeError as e:
@@ -165,6 +168,10 @@ def backbone_names() -> list:
     "What `load_backbone` knows."
     return [*RECIPES, 'course_vgg']
 
+def backbones_here() -> list:
+    "Those that need no download."
+    return [n for n in backbone_names() if n not in RECIPES or RECIPES[n].path.exists()]
+
 # %% ../nbs/31_features.ipynb #058-b80a3c21
 def store_features(
     state,  # dict of tensors, as torchvision names them; what isn't `features.` is left out
@@ -217,11 +224,12 @@ def _course_backbone():
         model = course_vgg()
         for m in model:
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
-    if path.exists(): model.load_state_dict(load_features(path))
-    learned = f'trained by this course, from assets/weights/{path.name}'
+    learned = path.exists()
+    if learned: model.load_state_dict(load_features(path))
+    source = f'trained by this course, from assets/weights/{path.name}' if learned else 'random weights, nothing learned'
     names = vgg_names(model)
     relus = tuple(n for n in names if n.startswith('relu'))
-    return Backbone('course_vgg', freeze(model), names, learned if path.exists() else 'random weights, nothing learned', ('relu3_2',), relus)
+    return Backbone('course_vgg', freeze(model), names, source, learned, ('relu3_2',), relus)
 
 # %% ../nbs/31_features.ipynb #062-c7d97683
 def load_backbone(
@@ -229,7 +237,7 @@ def load_backbone(
     pool='max',  # 'max', or 'avg': average pooling instead
 ) -> Backbone:   # frozen; .source says which weights it has. FetchError if they can't be had
     "A network to take features from, by name."
-    if name is None: name = 'vgg19' if RECIPES['vgg19'].path.exists() else 'course_vgg'
+    if name is None: name = 'vgg19' if 'vgg19' in backbones_here() else 'course_vgg'
     if name not in backbone_names(): raise ValueError(f"no backbone {name!r}; there are {', '.join(backbone_names())}")
     if pool not in ('max', 'avg'): raise ValueError(f"pool is {pool!r}; it must be 'max' or 'avg'")
     backbone = _course_backbone() if name == 'course_vgg' else _load(name, RECIPES[name])
@@ -240,7 +248,7 @@ def _load(name, recipe):
     _get_weights(recipe)
     model = _body(recipe.build, load_features(recipe.path), recipe.path)
     source = f'trained on ImageNet, from weights/{recipe.stored} in the data folder'
-    return Backbone(name, model, recipe.names(model), source, recipe.content_layers, recipe.style_layers)
+    return Backbone(name, model, recipe.names(model), source, True, recipe.content_layers, recipe.style_layers)
 
 # %% ../nbs/31_features.ipynb #076-95f96436
 def strongest_maps(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['prepare_backbone', 'starting_picture', 'Painting', 'WatchCB', 'transfer', 'adam_for_pixels', 'line_for',
-           'TransferPanel']
+           'transfer_controls', 'layer_controls', 'chosen', 'RunStop', 'TransferPanel']
 
 # %% ../nbs/33_style_transfer.ipynb #003-5b280d9c
 import io, threading, time
@@ -21,7 +21,7 @@ from PIL import Image
 from .callbacks import DeviceCB, StopOnNonFiniteCB
 from .core import bf16_is_fast, default_device, set_seed, to_cpu, tune_malloc
 from .data import get_dummy_dls
-from .features import RECIPES, Backbone, backbone_names, load_backbone
+from .features import Backbone, backbones_here, load_backbone
 from .learner import Callback, CancelFitException, Learner
 from .pictures import find_picture, photo_names, resize, style_names
 from .pixels import ImageLogCB, ImageOptCB, TensorModel
@@ -154,6 +154,63 @@ def line_for(
     return f'transfer(find_picture({content!r}, {size}), find_picture({style!r}, {size}), {backbone!r}{changed})'
 
 # %% ../nbs/33_style_transfer.ipynb #065-a6b01121
+def transfer_controls(
+    content,  # name of the first photograph
+    style,    # name of the first style
+    backbone, # name of a network
+) -> dict:    # name -> widget
+    "What can be chosen whatever the network is."
+    def menu(label, options, value): return widgets.Dropdown(options=options, value=value, description=label)
+    return dict(content=menu('content', [*photo_names(), *style_names()], content), style=menu('style', style_names(), style),
+                backbone=menu('network', backbones_here(), backbone), start=menu('start', ['content', 'noise', 'style'], 'content'),
+                steps=widgets.IntSlider(120, 10, 1000, 10, description='steps'), lr=widgets.FloatLogSlider(.03, min=-3, max=0, description='rate'),
+                content_weight=weight_slider('content', .03), tv_weight=weight_slider('smooth', .1))
+
+def layer_controls(
+    net,      # the chosen `Backbone`
+) -> tuple:   # (widget for content layers, {style layer: widget for its weight})
+    "What can be chosen of one network's layers."
+    return layer_picker(net.model, net.layers, net.content_layers, title='content'), weight_sliders(net.style_layers, 1.)
+
+# %% ../nbs/33_style_transfer.ipynb #067-16a8e2b5
+def chosen(
+    controls,        # as `transfer_controls` gives them
+    content_layers,  # as `layer_controls` gives them, this and the next
+    style_weights,
+) -> dict:           # arguments of `transfer`
+    "What the controls say."
+    layers = dict(content_layers=list(content_layers.value), style_layers={l: w.value for l, w in style_weights.items() if w.value})
+    return layers | {k: controls[k].value for k in ('content_weight', 'tv_weight', 'start', 'steps', 'lr')}
+
+# %% ../nbs/33_style_transfer.ipynb #f9064c1a
+class RunStop:
+    "Run does a job in a thread, Stop asks it to end, a bar says how far it is."
+    def __init__(
+        self,
+        job,       # called with a function: () -> bool, true once it should end
+        messages,  # an Output, in which its errors are shown
+    ):
+        self.job, self.messages, self.thread, self.stopping = job, messages, None, threading.Event()
+        self.go, self.halt = widgets.Button(description='Run', button_style='primary'), widgets.Button(description='Stop', disabled=True)
+        self.bar = widgets.IntProgress(description='painting')
+        self.go.on_click(guarded(self.start, messages))
+        self.halt.on_click(lambda button: self.stopping.set())
+
+    def start(self, button=None):
+        "Do the job in a thread."
+        self.bar.value = 0
+        self.thread = threading.Thread(target=guarded(self.run, self.messages))
+        self.thread.start()
+
+    def run(self):
+        "Do the job here; waits until it is done."
+        self.go.disabled, self.halt.disabled = True, False
+        try: self.job(self.stopping.is_set)
+        finally:
+            self.go.disabled, self.halt.disabled = False, True
+            self.stopping.clear()   # not at the start: Stop may come early
+
+# %% ../nbs/33_style_transfer.ipynb #405186c9
 class TransferPanel:
     "Controls for `transfer`: `box` is the widget, `painting` what was painted last."
     def __init__(
@@ -163,64 +220,38 @@ class TransferPanel:
         backbone=None,      # name; the best one here if None
         size=224,           # longest side in pixels
     ):
-        self.size, self.painting, self.stopping, self.thread = size, None, threading.Event(), None
-        here = [n for n in backbone_names() if n not in RECIPES or RECIPES[n].path.exists()]
-        menu = lambda label, options, value: widgets.Dropdown(options=options, value=value, description=label)
-        self.content, self.style = menu('content', [*photo_names(), *style_names()], content), menu('style', style_names(), style)
-        self.backbone, self.begin = menu('network', here, backbone or load_backbone().name), menu('start', ['content', 'noise', 'style'], 'content')
-        self.steps, self.lr = widgets.IntSlider(120, 10, 1000, 10, description='steps'), widgets.FloatLogSlider(.03, min=-3, max=0, description='rate')
-        self.content_weight, self.tv_weight = weight_slider('content', .03), weight_slider('smooth', .1)
-        self.look_at, self.view = widgets.VBox(), widgets.Image(format='png', width=2 * size)
-        self.go, self.halt = widgets.Button(description='Run', button_style='primary'), widgets.Button(description='Stop', disabled=True)
-        self.bar, self.line, self.messages = widgets.IntProgress(description='painting'), widgets.Textarea(layout=dict(width='95%')), widgets.Output()
-        self._new_backbone()
-        self._connect()
-        left = [self.content, self.style, self.backbone, self.begin, self.steps, self.lr, self.content_weight, self.tv_weight, widgets.HBox([self.go, self.halt]), self.bar]
-        self.box = widgets.VBox([widgets.HBox([widgets.VBox(left), self.look_at, self.view]), self.line, self.messages])
+        self.size, self.painting = size, None
+        self.controls = transfer_controls(content, style, backbone or load_backbone().name)
+        self.line, self.messages = widgets.Textarea(layout=dict(width='95%')), widgets.Output()
+        self.layers, self.view = widgets.VBox(), widgets.Image(format='png', width=2 * size)
+        self.buttons = RunStop(self.paint, self.messages)
+        self.controls['backbone'].observe(guarded(self.new_backbone, self.messages), 'value')
+        self.new_backbone()
+        left = widgets.VBox([*self.controls.values(), widgets.HBox([self.buttons.go, self.buttons.halt]), self.buttons.bar])
+        self.box = widgets.VBox([widgets.HBox([left, self.layers, self.view]), self.line, self.messages])
 
-    def _new_backbone(self, change=None):
-        self.net = load_backbone(self.backbone.value)
-        self.content_layers = layer_picker(self.net.model, self.net.layers, self.net.content_layers, title='content')
-        self.style_weights = weight_sliders(self.net.style_layers, 1.)
-        self.look_at.children = [self.content_layers, widgets.Label('style: a weight for each layer'), *self.style_weights.values()]
+    def new_backbone(self, change=None):
+        self.net = load_backbone(self.controls['backbone'].value)
+        self.content_layers, self.style_weights = layer_controls(self.net)
+        self.layers.children = [self.content_layers, widgets.Label('style: a weight for each layer'), *self.style_weights.values()]
 
-    def _connect(self):
-        self.backbone.observe(guarded(self._new_backbone, self.messages), 'value')
-        self.go.on_click(guarded(self.start, self.messages))
-        self.halt.on_click(lambda button: self.stopping.set())
-
-    def settings(self) -> dict:
-        "What the controls say, as arguments of `transfer`."
-        style_layers = {l: w.value for l, w in self.style_weights.items() if w.value}
-        return dict(content_layers=list(self.content_layers.value), style_layers=style_layers, content_weight=self.content_weight.value,
-                    tv_weight=self.tv_weight.value, start=self.begin.value, steps=self.steps.value, lr=self.lr.value)
+    def paint(self, stopped=None):
+        "Paint what the controls say; waits until it is done."
+        settings = chosen(self.controls, self.content_layers, self.style_weights)
+        names = self.controls['content'].value, self.controls['style'].value
+        self.line.value = line_for(*names, self.net.name, self.size, settings)
+        pictures = [find_picture(name, self.size) for name in names]
+        self.painting = transfer(*pictures, self.net, tell=self.tell, stopped=stopped, **settings)
+        self.show(self.painting.im)
 
     def tell(self, step, steps, learn):
-        self.bar.max, self.bar.value = steps, step
+        self.buttons.bar.max, self.buttons.bar.value = steps, step
         if step % 10 == 0 or step == steps: self.show(learn.model.t.detach()[0])
 
     def show(self, im):
         png = io.BytesIO()
         Image.fromarray(to_uint8(im)).save(png, 'png')
         self.view.value = png.getvalue()
-
-    def paint(self):
-        "Paint what the controls say; waits until it is done."
-        settings = self.settings()
-        self.line.value = line_for(self.content.value, self.style.value, self.backbone.value, self.size, settings)
-        content, style = find_picture(self.content.value, self.size), find_picture(self.style.value, self.size)
-        self.go.disabled, self.halt.disabled = True, False
-        try: self.painting = transfer(content, style, self.net, tell=self.tell, stopped=self.stopping.is_set, **settings)
-        finally:
-            self.go.disabled, self.halt.disabled = False, True
-            self.stopping.clear()   # not at the start: Stop may come early
-        self.show(self.painting.im)
-
-    def start(self, button=None):
-        "Paint in a thread, so that the kernel hears Stop."
-        self.bar.value = 0
-        self.thread = threading.Thread(target=guarded(self.paint, self.messages))
-        self.thread.start()
 
     def _ipython_display_(self):
         if is_live(): display(self.box)

@@ -313,6 +313,7 @@ def test_run_leaves_a_lesson(course, lesson, decoy, monkeypatch):
     before = Path('nbs/98_probe.ipynb').read_bytes()
     code, out, err = course('run', '98', '--scale', 'ci', '--out', 'my out')
     assert code == 0, err
+    assert out.splitlines()[0] == '98_probe'
     assert sorted(os.listdir('my out')) == ['98_probe.html', '98_probe.ipynb', 'made.txt'] and 'Open' in out and Path('nbs/98_probe.ipynb').read_bytes() == before
     assert err.splitlines() == ['98_probe: A lesson', '98_probe: A picture']
     page = Path('my out/98_probe.html').read_text(encoding='utf-8')
@@ -328,6 +329,10 @@ def test_run_names_the_cell_that_failed(course, lesson, decoy):
     assert code == 1 and "course: 98_probe stopped at cell 7, `open(\"nowhere.txt\")`: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'" in err
     page = Path('out/98_probe.html').read_text(encoding='utf-8')
     assert '>before' in page and '>after' not in page and 'Open' not in out
+
+def test_run_names_the_network_first(course, lesson, decoy):
+    code, out, _ = course('run', lesson('from course_lib.features import load_backbone\nload_backbone()'), '--out', 'out')
+    assert code == 0 and out.splitlines()[0].startswith('98_probe; network course_vgg: ') and 'random weights' in out.splitlines()[0]
 
 def test_run_survives_a_kernel_that_dies(course, lesson, decoy):
     code, out, err = course('run', lesson('import os; os._exit(3)'), '--out', 'out')

@@ -54,7 +54,8 @@ def weights_in(folder): return sorted(p.name for p in (folder/'data'/'weights').
 
 def test_nothing_here_chooses_the_course_net_and_says_so():
     b = load_backbone()
-    assert b.name == 'course_vgg' and 'random weights' in b.source
+    assert b.name == 'course_vgg' and 'random weights' in b.source and not b.learned
+    assert features.backbones_here() == ['course_vgg']
 
 
 def test_random_weights_are_the_same_each_time_and_leave_the_seed_alone():
@@ -70,7 +71,7 @@ def test_trained_course_net_is_used_when_it_is_there(folder):
     model = course_vgg()
     store_features({f'features.{k}': v for k, v in model.state_dict().items()}, folder/'assets/weights/course_vgg.safetensors')
     b = load_backbone('course_vgg')
-    assert 'trained by this course' in b.source
+    assert 'trained by this course' in b.source and b.learned
     torch.testing.assert_close(b.model[0].weight, model[0].weight, atol=1e-3, rtol=1e-3)
     assert b.model[1].num_batches_tracked.dtype == torch.int64
 
@@ -96,7 +97,8 @@ def test_copy_in_the_data_folder_is_used_without_network(monkeypatch, folder, sq
     recipe.path.parent.mkdir(parents=True)
     save_file({k: v.half() for k, v in squeeze.items()}, recipe.path)       # complete, with its classifier
     b = load_backbone('squeezenet')
-    assert b.model[0].weight.dtype == torch.float32 and 'data folder' in b.source
+    assert b.model[0].weight.dtype == torch.float32 and 'data folder' in b.source and b.learned
+    assert features.backbones_here() == ['squeezenet', 'course_vgg']
     assert [f.shape[1] for f in calc_features(b, torch.rand(3, 64, 64), b.style_layers)] == [64, 128, 256, 256]
 
 
@@ -196,6 +198,15 @@ def test_nothing_in_place_even_inside_blocks(squeeze):
     model = freeze(RECIPES['squeezenet'].build().features)
     assert not any(getattr(m, 'inplace', False) for m in model.modules())
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+@pytest.mark.parametrize('shape', [(3, 32, 48), (2, 3, 32, 48)])
+def test_pictures_take_the_layout_of_the_weights(shape):
+    b, x = load_backbone('course_vgg'), torch.rand(shape)
+    plain = calc_features(b, x, ['relu2_1'])[0]
+    fast = calc_features(b.to(memory_format=torch.channels_last), x, ['relu2_1'])[0]
+    assert plain.is_contiguous() and fast.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_half_precision_weights_take_the_picture_along():
