@@ -127,9 +127,26 @@ class ConcatPool(nn.Module):
     def forward(self, x):
         return torch.cat([reduce(x, 'b c h w -> b c', how) for how in ('max', 'mean')], dim=1)
 
-def pool_head(nf, n_out): return nn.Sequential(Reduce('b c h w -> b c', 'mean'), nn.Linear(nf, n_out))
-def concat_head(nf, n_out): return nn.Sequential(ConcatPool(), nn.Linear(2 * nf, n_out))
-def flatten_head(nf, n_out, size):
+def pool_head(
+    nf,     # channels that come in
+    n_out,  # numbers to put out
+) -> nn.Sequential:
+    "The mean of each channel, then a linear layer: for pictures of any size."
+    return nn.Sequential(Reduce('b c h w -> b c', 'mean'), nn.Linear(nf, n_out))
+
+def concat_head(
+    nf,     # as for `pool_head`
+    n_out,
+) -> nn.Sequential:
+    "Maximum and mean of each channel, then a linear layer."
+    return nn.Sequential(ConcatPool(), nn.Linear(2 * nf, n_out))
+
+def flatten_head(
+    nf,     # as for `pool_head`
+    n_out,
+    size,   # height and width of what comes in; no other fits
+) -> nn.Sequential:
+    "Every place of every channel has weights of its own."
     return nn.Sequential(Rearrange('b c h w -> b (c h w)'), nn.Linear(nf * size**2, n_out))
 
 # %% ../nbs/06_blocks.ipynb #f8d6455e
@@ -161,10 +178,20 @@ def up_block(
     "Twice the height and width, then a block."
     return nn.Sequential(nn.Upsample(scale_factor=2), block(ni, nf, **kw))
 
-def down_path(nfs, block=ResBlock, **kw):
+def down_path(
+    nfs,             # widths: what comes in, then after each halving
+    block=ResBlock,  # as for `res_blocks`
+    **kw,            # for each block
+) -> nn.Sequential:
+    "Half the height and width at each step."
     return nn.Sequential(*(block(*widths, stride=2, **kw) for widths in pairwise(nfs)))
 
-def up_path(nfs, block=ResBlock, **kw):
+def up_path(
+    nfs,             # widths: what comes in, then after each doubling
+    block=ResBlock,  # as for `res_blocks`
+    **kw,            # for each block
+) -> nn.Sequential:
+    "Twice the height and width at each step."
     return nn.Sequential(*(up_block(*widths, block, **kw) for widths in pairwise(nfs)))
 
 # %% ../nbs/06_blocks.ipynb #3e1eeebb
@@ -226,7 +253,13 @@ def dense_block(
     new = nn.Sequential(pre_conv(ni, 4 * growth, 1, **kw), pre_conv(4 * growth, growth, **kw))
     return Branches(nn.Identity(), new)
 
-def dense_blocks(n, ni, growth, **kw):
+def dense_blocks(
+    n,       # how many
+    ni,      # channels in
+    growth,  # channels that each adds
+    **kw,    # as for `dense_block`
+) -> nn.Sequential:
+    "Dense blocks in a row: ni + n * growth channels come out."
     return nn.Sequential(*(dense_block(ni + i * growth, growth, **kw) for i in range(n)))
 
 # %% ../nbs/06_blocks.ipynb #bb858aec

@@ -6,9 +6,9 @@
 __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'batch_size', 'accuracy', 'MetricsCB', 'name_metrics', 'column',
            'weighted_sums', 'RecorderCB', 'BatchSchedCB', 'in_notebook', 'in_terminal', 'say', 'TextView', 'draw_curve',
            'NotebookView', 'Report', 'ProgressCB', 'pass_name', 'pass_title', 'pass_numbers', 'n_batches',
-           'StopOnNonFiniteCB', 'rng_state', 'set_rng_state', 'side_fit', 'CapturePredsCB', 'capture_preds',
-           'running_mean', 'blown_up', 'halfway', 'LRFinderCB', 'keep_weights', 'lr_find', 'pack', 'unpack',
-           'save_state', 'load_state', 'training_state', 'load_checkpoint', 'CheckpointCB']
+           'StopOnNonFiniteCB', 'generators', 'rng_state', 'set_rng_state', 'side_fit', 'CapturePredsCB',
+           'capture_preds', 'running_mean', 'far_above', 'blown_up', 'halfway', 'LRFinderCB', 'keep_weights', 'lr_find',
+           'pack', 'unpack', 'save_state', 'load_state', 'training_state', 'load_checkpoint', 'CheckpointCB']
 
 # %% ../nbs/11_callbacks.ipynb #005-d5953751
 import io, json, math, random, shutil, sys, time
@@ -347,7 +347,11 @@ class StopOnNonFiniteCB(Callback):
                                  'lower the learning rate, clip the gradients, or look at this batch for bad values')
 
 # %% ../nbs/11_callbacks.ipynb #093-25ea31a9
-def _generators(dls): return [g for dl in (dls.train, dls.valid) if (g := getattr(dl, 'generator', None)) is not None]
+def generators(
+    dls,    # `DataLoaders`; .valid may be None
+) -> list:
+    "The random number generators that loaders have for themselves."
+    return [g for dl in (dls.train, dls.valid) if (g := getattr(dl, 'generator', None)) is not None]
 
 def rng_state(
     dls=None,  # loaders that may have a generator of their own
@@ -357,7 +361,7 @@ def rng_state(
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     mps = [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
     return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(), cuda=cuda, mps=mps,
-                loaders=[g.get_state() for g in _generators(dls)] if dls else [])
+                loaders=[g.get_state() for g in generators(dls)] if dls else [])
 
 # %% ../nbs/11_callbacks.ipynb #094-b8f17a42
 def set_rng_state(
@@ -370,7 +374,7 @@ def set_rng_state(
     torch.set_rng_state(state['torch'])
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
     for s in state['mps']: torch.mps.set_rng_state(s)
-    for g, s in zip(_generators(dls) if dls else [], state['loaders']): g.set_state(s)
+    for g, s in zip(generators(dls) if dls else [], state['loaders']): g.set_state(s)
 
 # %% ../nbs/11_callbacks.ipynb #097-1f535ee0
 @contextmanager
@@ -425,13 +429,20 @@ def running_mean(
     return np.convolve(values, np.ones(n) / n, 'valid')
 
 # %% ../nbs/11_callbacks.ipynb #110-0609499e
+def far_above(
+    loss,      # a number
+    best,      # the best one so far
+    max_mult,  # how many times the best is too much
+) -> bool:
+    "Is a loss far above the best, or not a number?"
+    return not math.isfinite(loss) or loss - best > (max_mult - 1) * abs(best)   # a loss may be negative
+
 def blown_up(
     losses,    # so far
     max_mult,  # how many times the best running mean is too much
 ) -> bool:
     "Is the last loss far above the best of the smoothed ones, or not a number?"
-    last, best = losses[-1], running_mean(losses).min()
-    return not math.isfinite(last) or last - best > (max_mult - 1) * abs(best)   # a loss may be negative
+    return far_above(losses[-1], running_mean(losses).min(), max_mult)
 
 def halfway(
     lrs,     # learning rates

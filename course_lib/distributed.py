@@ -29,7 +29,7 @@ from .blocks import res_net
 from .callbacks import CheckpointCB, MetricsCB, ProgressCB, TextView, accuracy, batch_size
 from .core import default_device, map_nested, set_seed, to_device
 from .data import fashion_ds, get_dls
-from .learner import Calls, Callback, Learner, TrainCB, _check_batch
+from .learner import Calls, Callback, Learner, TrainCB, check_batch
 
 # %% ../nbs/22_distributed.ipynb #134bf440
 def _free_port():
@@ -266,7 +266,7 @@ class AccelerateCB(DealCB, TrainCB):
         if learn.trains: self.model, self.opt = self.acc.prepare(self.model, learn.opt)   # a model is prepared only once
         else: self.model = self.acc.prepare(self.model)
     def predict(self, learn):
-        if learn.iter == 0: _check_batch(learn.batch, self.n_inp)
+        if learn.iter == 0: check_batch(learn.batch, self.n_inp)
         learn.preds = self.model(*learn.batch[:self.n_inp])
     def backward(self, learn):
         self.acc.backward(learn.loss * self.weight)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CANCELS', 'EVENTS', 'ACTIONS', 'FORWARD', 'UPDATE', 'Line', 'synth_dls', 'CancelBatchException',
-           'CancelEpochException', 'CancelFitException', 'Callback', 'dispatch', 'TrainCB', 'find_actions',
-           'batch_steps', 'cleanup', 'Calls', 'Learner', 'synth_learner', 'MomentumCB']
+           'CancelEpochException', 'CancelFitException', 'Callback', 'dispatch', 'check_batch', 'TrainCB',
+           'find_actions', 'batch_steps', 'cleanup', 'Calls', 'Learner', 'synth_learner', 'MomentumCB']
 
 # %% ../nbs/10_learner.ipynb #005-019a0221
 from difflib import get_close_matches
@@ -74,7 +74,11 @@ def dispatch(
     return {e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in events}
 
 # %% ../nbs/10_learner.ipynb #054-3e6d7855
-def _check_batch(batch, n_inp):
+def check_batch(
+    batch,  # of a loader
+    n_inp,  # how many parts of it the model takes
+):
+    "Raise TypeError or ValueError for a batch that can't be split into inputs and targets."
     if not isinstance(batch, (tuple, list)):
         raise TypeError(f'a batch must be a tuple or list of its parts, got {type(batch).__name__}')
     if len(batch) < n_inp: raise ValueError(f'n_inp is {n_inp}, but the batch has only {len(batch)} part(s)')
@@ -86,7 +90,7 @@ class TrainCB(Callback):
         n_inp=1,  # how many parts of the batch the model takes
     ): self.n_inp = n_inp
     def predict(self, learn):
-        if learn.iter == 0: _check_batch(learn.batch, self.n_inp)
+        if learn.iter == 0: check_batch(learn.batch, self.n_inp)
         learn.preds = learn.model(*learn.batch[:self.n_inp])
     def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *learn.batch[self.n_inp:])
     def backward(self, learn): learn.loss.backward()

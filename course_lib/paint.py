@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAIRS', 'SWIRLS', 'STARS', 'RIDGES', 'HOLLOW', 'INK', 'CREAM', 'RUST', 'SEA', 'WHEELS', 'PETALS', 'WHEEL_SCHEME',
-           'SCHEMES', 'TILE', 'PAINTERS', 'pixel_grid', 'lerp', 'smoothstep', 'hex_rgb', 'ramp', 'mix',
+           'SCHEMES', 'TILE', 'PAINTERS', 'pixel_grid', 'lerp', 'smoothstep', 'hex_rgb', 'ramp', 'mix', 'fade',
            'gradient_noise', 'octaves', 'along', 'bend_of', 'Canvas', 'stroke', 'scatter', 'brush', 'lit', 'night_sky',
            'night_hills', 'village', 'to_picture', 'paint_night', 'hang', 'on_thread', 'drop', 'web_threads', 'disc',
            'morning', 'paint_web', 'wave_back', 'wave', 'edge_line', 'wood', 'print_sky', 'print_cloud',
@@ -66,6 +66,11 @@ def mix(
     "Lay a colour over a picture."
     return lerp(rgb, colour, alpha[..., None])
 
+# %% ../nbs/09_paint.ipynb #043eeab9
+def fade(t):  # from 0 to 1
+    "A soft way from 0 to 1, flat to the second derivative at both."
+    return t**3 * (t * (t * 6 - 15) + 10)
+
 # %% ../nbs/09_paint.ipynb #019-88eac358
 def gradient_noise(
     x, y,   # places, arrays of one shape
@@ -79,7 +84,7 @@ def gradient_noise(
     def plane(a, b):
         slope = angle[(j + b) % cells, (i + a) % cells]
         return np.cos(slope) * (fx - a) + np.sin(slope) * (fy - b)
-    u, v = (t**3 * (t * (t * 6 - 15) + 10) for t in (fx, fy))   # flat to the second derivative at 0 and 1
+    u, v = fade(fx), fade(fy)
     above, below = lerp(plane(0, 0), plane(1, 0), u), lerp(plane(0, 1), plane(1, 1), u)
     return (1.5 * lerp(above, below, v)).astype(np.float32)
 

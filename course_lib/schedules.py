@@ -6,7 +6,7 @@
 __all__ = ['DECAYS', 'no_decay', 'linear', 'cosine', 'exponential', 'polynomial', 'DecayType', 'decay_func', 'check_numbers',
            'spans', 'TrainingPhase', 'lay_out', 'whole_model', 'split_params', 'option_key', 'moves', 'decouple',
            'make_opt', 'place', 'FirstBatches', 'same_kind', 'PhaseCB', 'momentum_of', 'RatesCB', 'StopDivCB',
-           'fit_phases', 'plot_lr', 'phases_sgdr', 'phases_1cycle']
+           'fit_phases', 'plot_lr', 'phases_sgdr', 'phases_1cycle', 'HalfTrainCB']
 
 # %% ../nbs/12_schedules.ipynb #8e5e9d5c
 import math
@@ -20,7 +20,9 @@ from numbers import Real
 import matplotlib.pyplot as plt
 import torch
 
-from .learner import Callback, CancelFitException
+from .callbacks import far_above, generators
+from .core import bf16_is_fast
+from .learner import Callback, CancelFitException, TrainCB
 
 # %% ../nbs/12_schedules.ipynb #1eb101f5
 def no_decay(
@@ -278,7 +280,7 @@ class PhaseCB(Callback):
         pos = (i - self.start) / (self.end - self.start)
         for group, key, decay, start, end in self.moves: group[key] = decay(pos, start, end)   # `place`, without the price of a call
     def after_fit(self, learn): place(moves(self.phases[self.k], learn.opt.param_groups), 1.)
-    def generators(self): return [g for dls in self.data_list or [] for dl in (dls.train, dls.valid) if (g := getattr(dl, 'generator', None)) is not None]
+    def generators(self): return [g for dls in self.data_list or [] for g in generators(dls)]
     def state_dict(self): return dict(ends=self.ends[:self.k + 1], rng=[g.get_state() for g in self.generators()])
     def load_state_dict(self, state):
         ends = state['ends']
@@ -322,8 +324,7 @@ class StopDivCB(Callback):
         self.recent.append(learn.loss.item())
         smooth = sum(self.recent) / len(self.recent)
         if len(self.recent) == self.n: self.best = min(self.best, smooth)
-        too_much = self.best + (self.max_mult - 1) * abs(self.best)   # a loss may be negative
-        if not math.isfinite(smooth) or smooth > too_much: raise CancelFitException()
+        if far_above(smooth, self.best, self.max_mult): raise CancelFitException()
     def state_dict(self): return dict(recent=list(self.recent), best=self.best)
     def load_state_dict(self, state): self.recent, self.best = deque(state['recent'], self.n), state['best']
 
@@ -397,3 +398,13 @@ def phases_1cycle(
         return TrainingPhase(epochs, opt_fn, lrs, DecayType.LINEAR, momentum, DecayType.LINEAR, **kw)
     tail = [line(cycle_len - tri, div, 100 * div, (max_mom, max_mom))] if pct else []
     return [line(tri / 2, div, 1, (max_mom, min_mom)), line(tri / 2, 1, div, (min_mom, max_mom)), *tail]
+
+# %% ../nbs/12_schedules.ipynb #b639b532
+class HalfTrainCB(TrainCB):
+    "`TrainCB` that predicts in bfloat16 where the hardware multiplies it."
+    def before_fit(self, learn):
+        device = next(learn.model.parameters()).device
+        self.half = torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device))
+    def predict(self, learn):
+        with self.half: super().predict(learn)
+        learn.preds = learn.preds.float()

@@ -15,3 +15,11 @@ def lab(tmp_path_factory):
     from lab import lab_server, why_not
     if why := why_not(): pytest.skip(why)
     with lab_server(tmp_path_factory.mktemp('lab'), PYTHONPATH=str(ROOT)) as server: yield server
+
+@pytest.fixture
+def start(request, tmp_path):
+    "Starts the training that stands in the test's module as RUN, see tests/killed.py: start(checkpoint, result, seed, pause) -> Popen."
+    from killed import runs
+    script = tmp_path/'run.py'
+    script.write_text(request.module.RUN)
+    with runs(script) as start: yield start

@@ -1,6 +1,4 @@
 "Averages that survive kill -9, and trainings that don't notice that they are averaged."
-import os, signal, subprocess, sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +8,10 @@ from course_lib.averaging import AverageCB, EMACB, SWACB, estimate_bn, float_val
 from course_lib.callbacks import BatchTransformCB, CheckpointCB, MetricsCB, capture_preds, load_state, lr_find
 from course_lib.core import set_seed
 from course_lib.data import DataLoaders, TensorLoader
-from course_lib.learner import (Callback, CancelBatchException, CancelEpochException, CancelFitException, Learner, Line, MomentumCB, TrainCB,
+from course_lib.learner import (Callback, CancelBatchException, CancelEpochException, CancelFitException, Learner, MomentumCB, TrainCB,
                                 synth_learner)
+
+from killed import equal, kill_at, posix
 
 RUN = '''
 import sys, time, torch
@@ -45,35 +45,7 @@ save_state(dict(model=dict(model.state_dict()), mean=mean, swa=swa.state_dict(),
                 rng=torch.get_rng_state()), result)
 '''
 
-@pytest.fixture
-def start(tmp_path):
-    "Start the training: start(checkpoint, result, seed, pause) -> Popen."
-    script, running = tmp_path/'run.py', []
-    script.write_text(RUN)
-    def go(checkpoint, result, seed, pause=0.):
-        args = [sys.executable, script, checkpoint, result, str(seed), str(pause)]
-        running.append(subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore')))
-        return running[-1]
-    yield go
-    for p in running:
-        if p.poll() is None: p.kill()
-        p.communicate()
-
-def kill_at(process, where):
-    for line in process.stdout:
-        if line.startswith(where): break
-    else: pytest.fail(f'the training ended before {where}')
-    process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-
-def equal(x, y):
-    if isinstance(x, torch.Tensor): return torch.equal(x, y) and x.dtype == y.dtype
-    if isinstance(x, dict): return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
-    if isinstance(x, (list, tuple)): return len(x) == len(y) and all(map(equal, x, y))
-    return x == y
-
-@pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
+@posix
 def test_killed_while_the_mean_is_swapped_in(start, tmp_path):
     whole, pieces, checkpoint = tmp_path/'whole.safetensors', tmp_path/'pieces.safetensors', tmp_path/'run.safetensors'
     uninterrupted = start(tmp_path/'other.safetensors', whole, 1)   # runs beside the others

@@ -1,5 +1,5 @@
 "A training that is killed goes on as if nothing had happened: to the last bit, in a process of its own each time."
-import os, signal, subprocess, sys
+import subprocess, sys
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from course_lib.callbacks import CheckpointCB, load_state, save_state
 from course_lib.core import set_seed
 from course_lib.data import DataLoaders
 from course_lib.learner import Callback, Learner, TrainCB, synth_dls
+
+from killed import equal, kill_at, posix
 
 RUN = '''
 import sys, time, torch
@@ -46,44 +48,13 @@ learn.fit(5)
 save_state(dict(model=dict(model.state_dict()), opt=learn.opt.state_dict(), rows=metrics.rows, records=recorder.records, rng=torch.get_rng_state()), result)
 '''
 
-@pytest.fixture
-def start(tmp_path):
-    "Start the training: start(checkpoint, result, seed, pause) -> Popen."
-    script, running = tmp_path/'run.py', []
-    script.write_text(RUN)
-    def go(checkpoint, result, seed, pause=0.):
-        args = [sys.executable, script, checkpoint, result, str(seed), str(pause)]
-        running.append(subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore')))
-        return running[-1]
-    yield go
-    for p in running:
-        if p.poll() is None: p.kill()
-        p.communicate()
-
-def kill_at(process, epoch, batch):
-    "SIGKILL when that batch is done, in the middle of the epoch."
-    for line in process.stdout:
-        if line.startswith(f'batch {epoch} {batch}'): break
-    else: pytest.fail(f'the training ended before batch {batch} of epoch {epoch}')
-    process.kill()
-    process.wait()
-    assert process.returncode == -getattr(signal, 'SIGKILL', -1)
-
-def equal(x, y):
-    if isinstance(x, torch.Tensor): return torch.equal(x, y) and x.dtype == y.dtype
-    if isinstance(x, dict): return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
-    if isinstance(x, (list, tuple)): return len(x) == len(y) and all(map(equal, x, y))
-    return x == y
-
-posix = pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
-
 @posix
 def test_killed_twice(start, tmp_path):
     whole, pieces, checkpoint = tmp_path/'whole.safetensors', tmp_path/'pieces.safetensors', tmp_path/'run.safetensors'
     uninterrupted = start('-', whole, 1)   # runs beside the others
-    kill_at(start(checkpoint, pieces, 1, pause=.02), 1, 3)
+    kill_at(start(checkpoint, pieces, 1, pause=.02), 'batch 1 3')
     assert load_state(checkpoint)['done'] == 1
-    kill_at(start(checkpoint, pieces, 2, pause=.02), 3, 6)
+    kill_at(start(checkpoint, pieces, 2, pause=.02), 'batch 3 6')
     assert load_state(checkpoint)['done'] == 3 and not pieces.exists()
     last = start(checkpoint, pieces, 3)
     assert last.wait() == uninterrupted.wait() == 0

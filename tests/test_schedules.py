@@ -1,5 +1,5 @@
 "Training plans: killed in the middle of a phase, laid out for odd lengths, and all the ways to get one wrong."
-import math, os, random, signal, statistics, subprocess, sys, time
+import math, random, statistics, time
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from course_lib.data import DataLoaders
 from course_lib.learner import Callback, Learner, Line, TrainCB, synth_dls, synth_learner
 from course_lib.results import compare_times
 from course_lib.schedules import PhaseCB, TrainingPhase, fit_phases, lay_out, phases_1cycle, phases_sgdr, plot_lr
+
+from killed import equal, kill_at, posix
 
 RUN = '''
 import sys, time, torch
@@ -52,42 +54,14 @@ rates = fit_phases(learn, phases, [small, small, large], stop_div=True, groups=l
 save_state(dict(model=dict(model.state_dict()), opt=learn.opt.state_dict(), rows=metrics.rows, records=recorder.records, lrs=rates.lrs, moms=rates.moms), result)
 '''
 
-@pytest.fixture
-def start(tmp_path):
-    "Start the training: start(checkpoint, result, seed, pause) -> Popen."
-    script, running = tmp_path/'run.py', []
-    script.write_text(RUN)
-    def go(checkpoint, result, seed, pause=0.):
-        args = [sys.executable, script, checkpoint, result, str(seed), str(pause)]
-        running.append(subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore')))
-        return running[-1]
-    yield go
-    for p in running:
-        if p.poll() is None: p.kill()
-        p.communicate()
-
-def kill_at(process, epoch, batch):
-    for line in process.stdout:
-        if line.startswith(f'batch {epoch} {batch}'): break
-    else: pytest.fail(f'the training ended before batch {batch} of epoch {epoch}')
-    process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-
-def equal(x, y):
-    if isinstance(x, torch.Tensor): return torch.equal(x, y) and x.dtype == y.dtype
-    if isinstance(x, dict): return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
-    if isinstance(x, (list, tuple)): return len(x) == len(y) and all(map(equal, x, y))
-    return x == y
-
-@pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
+@posix
 def test_killed_in_the_middle_of_two_phases(start, tmp_path):
     "Epochs 0 to 2 are small pictures (2.5 of them, the last one of 4 batches), 3 to 5 large ones; AdamW works from batch 4 to 19, SGD after."
     whole, pieces, checkpoint = tmp_path/'whole.safetensors', tmp_path/'pieces.safetensors', tmp_path/'run.safetensors'
     uninterrupted = start('-', whole, 1)
-    kill_at(start(checkpoint, pieces, 1, pause=.02), 1, 3)
+    kill_at(start(checkpoint, pieces, 1, pause=.02), 'batch 1 3')
     assert load_state(checkpoint)['opt'][0] == 'AdamW' and load_state(checkpoint)['done'] == 1
-    kill_at(start(checkpoint, pieces, 2, pause=.02), 4, 2)
+    kill_at(start(checkpoint, pieces, 2, pause=.02), 'batch 4 2')
     assert load_state(checkpoint)['opt'][0] == 'SGD' and load_state(checkpoint)['done'] == 4
     last = start(checkpoint, pieces, 3)
     assert last.wait() == uninterrupted.wait() == 0
@@ -236,11 +210,9 @@ def test_one_batch_of_each_epoch():
     phased = fit_phases(learn, [TrainingPhase(.5, Adam), TrainingPhase(2, lr=.1), TrainingPhase(.6, lr=.2)])
     assert phased.rates.lrs == [[.01, .1, .1, .2]] and phased.names[-1] == 'SGD'
 
-def test_side_fits_in_between():
+def test_a_side_fit_afterwards():
     learn = synth_learner()
-    class LookCB(Callback):
-        def after_fit(self, learn): pass
-    fit_phases(learn, [TrainingPhase(1, Adam)], cbs=[LookCB()])
+    fit_phases(learn, [TrainingPhase(1, Adam)])
     opt = learn.opt
     lr_find(learn, max_batches=5)
     assert learn.opt is opt

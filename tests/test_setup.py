@@ -1,6 +1,5 @@
 "What runs before there is an environment: make, the installer script, packaging. Without network: installers are stood in for."
 import os, shutil, subprocess, sys
-from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
