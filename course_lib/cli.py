@@ -6,8 +6,8 @@
 __all__ = ['PICTURES', 'SETTINGS', 'TEMPLATE', 'NEEDED', 'FOR_LESSONS', 'outputs', 'same_file', 'writable', 'human', 'writing',
            'at_least', 'layer_weights', 'style', 'paint', 'style_options', 'lesson_path', 'CellFailed', 'RunBar',
            'CtrlC', 'client_for', 'execute', 'first_line', 'data_url', 'relink', 'directives', 'as_shown', 'html_page',
-           'leave', 'opening', 'run', 'short', 'findings', 'machine_findings', 'doctor', 'state', 'data', 'parser',
-           'spoken_warnings', 'sentence', 'main']
+           'leave', 'opening', 'run', 'short', 'findings', 'machine_findings', 'doctor', 'state', 'data', 'train',
+           'parser', 'spoken_warnings', 'sentence', 'main']
 
 # %% ../nbs/92_cli.ipynb #003-0ff1979c
 import argparse, asyncio, base64, math, mimetypes, os, re, shutil, signal, sys, warnings
@@ -295,8 +295,8 @@ def opening(
 ) -> str:
     "What is said before a lesson runs: its name, and the network if it looks at pictures through one."
     if not any('load_backbone()' in c.source for c in nb.cells if c.cell_type == 'code'): return name
-    from course_lib.features import load_backbone
-    return f'{name}; network {load_backbone()}'
+    from course_lib.features import backbones_here, load_backbone
+    return f"{name}; network {'vgg19, trained on ImageNet' if 'vgg19' in backbones_here() else load_backbone('course_vgg')}"
 
 def run(args):
     "Run a lesson from top to bottom; leaves it as a notebook and as a page, with its pictures and films."
@@ -335,10 +335,11 @@ def machine_findings():
     "The rows that need torch."
     import torch
     from course_lib.core import bf16_is_fast, data_path, machine
-    from course_lib.features import RECIPES, load_backbone
+    from course_lib.features import backbone_names, backbones_here, load_backbone
     m, folder = machine(), data_path()
     amx, gpu = torch.cpu.get_capabilities().get('amx_bf16') if hasattr(torch.cpu, 'get_capabilities') else False, m['device'] != 'cpu'
-    here, away = ([k for k, r in RECIPES.items() if r.path.exists() == there] for there in (True, False))
+    here = backbones_here()   # the course's own is the last
+    away = [n for n in backbone_names() if n not in here]
     own = load_backbone('course_vgg').source
     free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
     return [
@@ -347,7 +348,7 @@ def machine_findings():
         ('bfloat16', 'multiplied by the hardware' + (', AMX' if amx and not gpu else '') if bf16_is_fast() else 'not in hardware', '' if bf16_is_fast() else 'paintings use float32 instead'),
         ('data folder', short(folder) + ('' if folder.is_dir() else ' (not there yet)'), '' if folder.is_dir() else 'it is made with the first download; COURSE_DATA names another'),
         ('disk', f'{human(free)} free for data', 'less than 1 GB: downloads may fail' if free < 1e9 else ''),
-        ('weights', ', '.join([*here, f'course_vgg ({own})']), f"{', '.join(away)}: downloaded when `course style --backbone NAME` first asks" if away else '')]
+        ('weights', f"{', '.join(here)} ({own})", f"{', '.join(away)}: downloaded when `course style --backbone NAME` first asks" if away else '')]
 
 def doctor(args):
     "Say what this machine can do for the course, what is missing and what to do."
@@ -367,19 +368,25 @@ def state(name):
 def data(args):
     "List the files that the course can fetch, with size and licence; or fetch one."
     from course_lib.data import fetch, registry
-    import course_lib.features   # registers the weights
+    import course_lib.features, course_lib.tiny_imagenet   # register what they need
     if args.name: print(fetch(args.name))
     for name, f in sorted(registry().items()) if not args.name else ():
         print(f'{state(name):8}{human(f.size):>9}  {name}  ({f.licence}{"; " + f.note if f.note else ""})')
     return 0
+
+# %% ../nbs/92_cli.ipynb #07b73cfa
+def train(args):
+    "Do a lesson's long training, or what is left of it; without a name: the list."
+    from course_lib.train import command
+    return command(args.words, 'course train')
 
 # %% ../nbs/92_cli.ipynb #050-43ba93c6
 def parser() -> argparse.ArgumentParser:
     "All commands and their options."
     top = argparse.ArgumentParser(prog='course', description='The course on the command line. `course COMMAND --help` says more.')
     commands = top.add_subparsers(required=True, metavar='COMMAND')
-    def command(f):
-        p = commands.add_parser(f.__name__, help=f.__doc__, description=f.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def command(f, **kw):
+        p = commands.add_parser(f.__name__, help=f.__doc__, description=f.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kw)
         p.set_defaults(run=f)
         return p
     command(doctor)
@@ -388,6 +395,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('lesson', help='number, name or path, as 33 or 33_style_transfer')
     p.add_argument('--scale', choices=('ci', 'laptop', 'full'), help='ci takes seconds, laptop minutes, full up to hours; COURSE_SCALE, else laptop, if not given')
     p.add_argument('--out', help='folder for the notebook, the page, pictures and films; out/LESSON if not given')
+    command(train, prefix_chars='\0', add_help=False).add_argument('words', nargs='*')
     style_options(command(style))
     return top
 

@@ -11,6 +11,7 @@ __all__ = ['KEPT', 'launch', 'deal', 'check_share', 'from_main', 'DealtPlaces', 
 import logging, os, signal, socket, sys, time
 from datetime import timedelta
 from itertools import repeat
+from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 
 import torch
@@ -41,10 +42,11 @@ def _be_silent():
     sys.stdout = sys.stderr = open(os.devnull, 'w')
     for fd in 1, 2: os.dup2(sys.stdout.fileno(), fd)   # for those who don't ask Python
 
-def _worker(fn, *args):
+def _worker(all_here, fn, *args):
     if os.environ['RANK'] != '0': _be_silent()
     logging.disable(logging.NOTSET)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)   # go when told to, even while waiting for another process
+    all_here.wait()   # a fork made while others meet already may copy a lock that nobody will open
     torch.set_num_threads(1)   # a fork has none of its parent's threads
     os.environ['OMP_NUM_THREADS'] = '1'
     AcceleratorState._reset_state(reset_partial_state=True)   # what the parent knew about processes isn't true here
@@ -81,7 +83,8 @@ def launch(
         raise RuntimeError('this process has used the GPU, so its forks cannot: restart and launch first, or use a script')
     with TemporaryDirectory() as logs:
         logging.disable(logging.ERROR)   # the error that is raised says it better
-        try: found = elastic_launch(_config(n_procs, start, logs), _worker)(fn, *args)
+        all_here = get_context(start).Barrier(n_procs)
+        try: found = elastic_launch(_config(n_procs, start, logs), _worker)(all_here, fn, *args)
         except ChildFailedError as e: raise RuntimeError(_why(e, n_procs)) from None
         finally: logging.disable(logging.NOTSET)
     return [found[rank] for rank in range(n_procs)]

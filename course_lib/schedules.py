@@ -407,4 +407,6 @@ class HalfTrainCB(TrainCB):
         self.half = torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device))
     def predict(self, learn):
         with self.half: super().predict(learn)
-        learn.preds = learn.preds.float()
+    def get_loss(self, learn):
+        learn.preds = learn.preds.float()   # here, so that `after_predict` may unwrap them first
+        super().get_loss(learn)

@@ -377,7 +377,7 @@ def test_doctor_names_what_is_missing(course, monkeypatch):
 def test_help_is_light_and_names_the_commands(root):
     code = 'import sys, course_lib.cli as c\ntry: c.main(["--help"])\nexcept SystemExit as e: sys.exit(e.code or len({"torch", "numpy", "nbclient"} & set(sys.modules)))'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(root)))
-    assert done.returncode == 0 and all(o in done.stdout for o in ('doctor', 'data', 'run', 'style')), done.stderr
+    assert done.returncode == 0 and all(o in done.stdout for o in ('doctor', 'data', 'run', 'train', 'style')), done.stderr
 
 def test_no_command_and_unknown_commands_are_wrong_use(course):
     for words in [], ['paint'], ['style'], ['style', 'chelsea'], ['run']: assert course(*words)[0] == 2
