@@ -11,6 +11,7 @@ import checks
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = set()   # notebooks to end on Ctrl-C
+HALF = str(max(1, (os.cpu_count() or 2)//2))   # threads for each of two jobs
 LIMIT = float(os.environ.get('COURSE_TEST_LIMIT') or 300)
 ONE = '''import sys
 from pathlib import Path
@@ -69,9 +70,8 @@ def run_notebook(path, env, limit=LIMIT):
 def run_notebooks(names=(), root=ROOT, limit=LIMIT):
     "The notebooks that failed; two at a time, long ones (the later lessons) first."
     paths = [p for p in reversed(checks.notebooks(root)) if not names or p.stem in names]
-    threads = str(max(1, (os.cpu_count() or 2)//2))
     with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(2) as pool:
-        env = offline(tmp, OMP_NUM_THREADS=threads, PYTHONPATH=str(root))
+        env = offline(tmp, OMP_NUM_THREADS=HALF, PYTHONPATH=str(root))
         try: results = list(pool.map(lambda p: run_notebook(p, env, limit), paths))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -80,9 +80,17 @@ def run_notebooks(names=(), root=ROOT, limit=LIMIT):
     return [name for name, _, wrong in results if wrong] + [f'no notebook {n}' for n in set(names) - {p.stem for p in paths}]
 
 def run_pytest(root=ROOT):
-    with tempfile.TemporaryDirectory() as tmp:
-        done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '--durations=3', 'tests'], cwd=root, env=offline(tmp, MPLBACKEND='agg'))
-    return ['pytest'] if done.returncode else []
+    "The tests in two halves at once, since most of them keep one core busy; the first is seen live, then the second."
+    files = sorted(str(p.relative_to(root)) for p in Path(root, 'tests').glob('test_*.py'))
+    command = [sys.executable, '-m', 'pytest', '-q', '--durations=3']
+    with tempfile.TemporaryDirectory() as tmp, tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
+        env = [offline(f'{tmp}/{half}', OMP_NUM_THREADS=HALF, MPLBACKEND='agg') for half in range(2)]
+        second = subprocess.Popen([*command, *files[1::2]], cwd=root, env=env[1], stdout=log, stderr=subprocess.STDOUT)
+        first = subprocess.run([*command, *files[::2]], cwd=root, env=env[0])
+        codes = first.returncode, second.wait()
+        log.seek(0)
+        print(log.read(), end='', flush=True)
+    return ['pytest'] if any(codes) else []
 
 def main(args):
     start, failed, everything = time.time(), [], not args
