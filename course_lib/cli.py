@@ -7,7 +7,7 @@ __all__ = ['PICTURES', 'SETTINGS', 'TEMPLATE', 'NEEDED', 'FOR_LESSONS', 'outputs
            'at_least', 'layer_weights', 'style', 'paint', 'style_options', 'lesson_path', 'CellFailed', 'RunBar',
            'CtrlC', 'client_for', 'execute', 'first_line', 'data_url', 'relink', 'directives', 'as_shown', 'html_page',
            'leave', 'opening', 'run', 'short', 'findings', 'machine_findings', 'doctor', 'state', 'data', 'train',
-           'parser', 'spoken_warnings', 'sentence', 'main']
+           'bench', 'parser', 'spoken_warnings', 'sentence', 'main']
 
 # %% ../nbs/92_cli.ipynb #003-0ff1979c
 import argparse, asyncio, base64, math, mimetypes, os, re, shutil, signal, sys, warnings
@@ -380,6 +380,26 @@ def train(args):
     from course_lib.train import command
     return command(args.words, 'course train')
 
+# %% ../nbs/92_cli.ipynb #8b6a10e1
+def bench(args):
+    "Measure on this machine how many augmented pictures a second come out of loaders, in turn."
+    from statistics import median
+    import torch
+    from course_lib.augment import bench_augment
+    from course_lib.core import default_device, tune_malloc
+    from course_lib.tiny_imagenet import tiny_ds
+    if min(args.n, args.rounds) < 1: raise ValueError(f'--n and --rounds must be at least 1; got {args.n} and {args.rounds}')
+    tune_malloc()
+    ds, device = tiny_ds('train'), default_device()
+    ims = ds.ims[torch.linspace(0, len(ds) - 1, args.n).long()].contiguous()
+    print(f'{args.n:,} pictures: {ds.source}; {args.rounds} rounds; batches on {device.type}, {torch.get_num_threads()} threads', flush=True)
+    rates = bench_augment(ims, args.rounds, num_workers=args.workers, device=device)
+    first = next(iter(rates.values()))
+    for name, r in rates.items():
+        times = median(b / a for a, b in zip(first, r))
+        print(f'{name:20}{median(r):>10,.0f} pictures a second ({min(r):,.0f} to {max(r):,.0f}); {times:.2f} times the first')
+    return 0
+
 # %% ../nbs/92_cli.ipynb #050-43ba93c6
 def parser() -> argparse.ArgumentParser:
     "All commands and their options."
@@ -396,6 +416,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--scale', choices=('ci', 'laptop', 'full'), help='ci takes seconds, laptop minutes, full up to hours; COURSE_SCALE, else laptop, if not given')
     p.add_argument('--out', help='folder for the notebook, the page, pictures and films; out/LESSON if not given')
     command(train, prefix_chars='\0', add_help=False).add_argument('words', nargs='*')
+    p = command(bench)
+    p.add_argument('what', choices=('data',), help='data: TrivialAugment, crop, flip and erase, item by item with PIL, and in batches')
+    p.add_argument('--n', type=int, default=8192, help='pictures in each round')
+    p.add_argument('--rounds', type=int, default=7, help='passes over them, in turn')
+    p.add_argument('--workers', type=int, default=2, help='processes of the usual loader; the other has none')
     style_options(command(style))
     return top
 

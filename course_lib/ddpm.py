@@ -110,6 +110,7 @@ def unwrap(
         raise AttributeError(f'the model puts out a {type(out).__name__}, which has no {attr!r}')
     return getattr(out, attr)
 
+# %% ../nbs/20_ddpm.ipynb #fd4a0aad
 def visits(
     alphabar,  # a schedule
     ts,        # steps to visit, falling; None: all
@@ -382,6 +383,7 @@ def karras_collate(
     "The batches of Karras and others (2022)."
     return partial(_karras_items, sd=sd, mean=mean, spread=spread)
 
+# %% ../nbs/20_ddpm.ipynb #3a0f15a2
 class KarrasDenoiser:
     "Guess clean pictures with a network that was trained on batches of `karras_collate`."
     def __init__(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['imagenet_stats', 'RECIPES', 'normalize', 'vgg_names', 'Backbone', 'freeze', 'calc_features', 'course_vgg', 'Recipe',
-           'squeeze_names', 'backbone_names', 'backbones_here', 'store_features', 'load_features', 'avg_pools',
-           'load_backbone', 'strongest_maps']
+           'squeeze_names', 'backbone_names', 'backbones_here', 'store_features', 'load_features', 'forgotten',
+           'avg_pools', 'load_backbone', 'strongest_maps']
 
 # %% ../nbs/31_features.ipynb #003-c73e5731
-from dataclasses import dataclass
+import copy, json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -210,6 +211,21 @@ def _body(build, state, path):
     return freeze(model[:stop])
 
 # %% ../nbs/31_features.ipynb #061-2ed8b4ce
+def forgotten(
+    backbone,  # a `Backbone`; it stays as it is
+    seed=0,    # of the new weights; your random numbers stay as they were
+) -> Backbone:
+    "The same network with random weights."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(backbone.model)
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d): m.reset_parameters()   # and its running statistics
+            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
+            if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
+    return replace(backbone, model=model, source='random weights, nothing learned', learned=False)
+
+# %% ../nbs/31_features.ipynb #9e19dd2b
 def avg_pools(
     model,  # nn.Sequential
 ):          # a new one with the same weights
@@ -219,17 +235,15 @@ def avg_pools(
 
 def _course_backbone():
     path = assets_path('weights', 'course_vgg.safetensors')
-    with torch.random.fork_rng(devices=[]):                 # your random numbers stay as they were
-        torch.manual_seed(0)
-        model = course_vgg()
-        for m in model:
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
-    learned = path.exists()
-    if learned: model.load_state_dict(load_features(path))
-    source = f'trained by this course, from assets/weights/{path.name}' if learned else 'random weights, nothing learned'
+    with torch.random.fork_rng(devices=[]): model = course_vgg()   # your random numbers stay as they were
     names = vgg_names(model)
     relus = tuple(n for n in names if n.startswith('relu'))
-    return Backbone('course_vgg', freeze(model), names, source, learned, ('relu3_2',), relus)
+    backbone = Backbone('course_vgg', freeze(model), names, 'nothing learned yet', False, ('relu3_2',), relus)
+    if not path.exists(): return forgotten(backbone)
+    model.load_state_dict(load_features(path))
+    card = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
+    return replace(backbone, source=f'trained by this course, from assets/weights/{path.name}', learned=True,
+                   mean=tuple(card['mean']), std=tuple(card['std']))
 
 # %% ../nbs/31_features.ipynb #062-c7d97683
 def load_backbone(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMON_SPANS', 'fashion_heap', 'check_feats', 'moments', 'psd_sqrt', 'frechet', 'double', 'classifier',
-           'train_classifier', 'Judge', 'save_classifier', 'load_judge', 'kernel', 'mmd', 'ends_of', 'Seen', 'look',
-           'check_ends', 'check_sides', 'both_feats', 'fid', 'kid']
+           'train_classifier', 'Judge', 'save_classifier', 'read_classifier', 'load_judge', 'kernel', 'mmd', 'ends_of',
+           'Seen', 'look', 'check_ends', 'check_sides', 'both_feats', 'fid', 'kid']
 
 # %% ../nbs/23_fid.ipynb #b28082f6
-import json, time, warnings
+import json, warnings
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -152,17 +152,24 @@ def save_classifier(
     with atomic_path(path.with_suffix('.json')) as aside: aside.write_text(json.dumps(facts, indent=1) + '\n')
     return path
 
-def load_judge(
-    path=None,  # a .safetensors file with its card; None: the course's own
-) -> Judge:     # ValueError if file and card don't belong together
-    "The judge of this lesson."
-    path = Path(path or assets_path('weights', 'fashion_classifier.safetensors'))
+def read_classifier(
+    path,   # a .safetensors file with its card
+) -> tuple: # (weights by name, card); ValueError if they don't belong together
+    "What `save_classifier` has kept."
+    path = Path(path)
     card, found = json.loads(path.with_suffix('.json').read_text()), sha256sum(path)
     if found != card['sha256']:
         raise ValueError(f"{path.name} is not the file of its card: its sha256 begins with {found[:12]}, "
                          f"that on the card with {card['sha256'][:12]}")
+    return load_file(path), card
+
+def load_judge(
+    path=None,  # a .safetensors file with its card; None: the course's own
+) -> Judge:     # ValueError if file and card don't belong together
+    "The judge of this lesson."
+    weights, card = read_classifier(path or assets_path('weights', 'fashion_classifier.safetensors'))
     model = classifier(card['nfs'])
-    model.load_state_dict(load_file(path))   # copied into single precision
+    model.load_state_dict(weights)   # copied into single precision
     return Judge(model, tuple(card['span']), card)
 
 # %% ../nbs/23_fid.ipynb #37d3addf

@@ -231,6 +231,12 @@ class TinyFiles:
         "The lines of a text file."
         return self.read(name).decode().splitlines()
 
+    def reopen(self):
+        "In a forked process: read the zip file by a position of its own."
+        if self.zip: self.zip.fp = open(self.path, 'rb')
+
+    def __reduce__(self): return TinyFiles, (self.path,)   # a process that was not forked reads the table itself
+
 # %% ../nbs/50_tiny_imagenet.ipynb #17b0594c
 TINY_SIZES = 200, 500, 10_000   # classes, training pictures in each, validation pictures
 
@@ -291,7 +297,9 @@ def decode_tiny(
     name,  # for messages
 ) -> np.ndarray:  # 64x64x3, uint8; ValueError if it doesn't decode or has another size
     "One picture's bytes; grey becomes RGB."
-    with decoding(name): im = np.asarray(Image.open(BytesIO(data)).convert('RGB'))
+    with decoding(name):
+        im = Image.open(BytesIO(data))
+        im = np.asarray(im if im.mode == 'RGB' else im.convert('RGB'))   # converting RGB would copy it
     h, w, _ = im.shape
     if (h, w) != (64, 64): raise ValueError(f'{name} should have 64x64 pixels; it has {w}x{h}')
     return im
@@ -311,17 +319,18 @@ def decode_part(
     files,   # TinyFiles
     part,    # a Part
     folder,  # with the file to write into, SPLIT.u8, which has its full length already
-):           # (checksum, messages of those that don't decode; if there are any, nothing is written)
+):           # (checksum, messages of those that don't decode; if there are any, the part is of no use)
     "Decode a part and write it to its place."
-    ims, bad = np.zeros((len(part.files), *SHAPE), np.uint8), []
-    for i, name in enumerate(part.files):
-        try: ims[i] = decode_tiny(files.read(name), name)
-        except ValueError as e: bad.append(str(e))
-    if not bad:
-        with open(Path(folder)/f'{part.split}.u8', 'r+b') as f:
-            f.seek(part.start * PICTURE)
-            f.write(ims)
-    return zlib.crc32(ims), bad
+    crc, bad = 0, []
+    with open(Path(folder)/f'{part.split}.u8', 'r+b', buffering=2**20) as f:
+        f.seek(part.start * PICTURE)
+        for name in part.files:
+            try: im = decode_tiny(files.read(name), name)
+            except ValueError as e: bad.append(str(e))
+            else:
+                f.write(im)
+                crc = zlib.crc32(im, crc)
+    return crc, bad
 
 # %% ../nbs/50_tiny_imagenet.ipynb #93a156d8
 def _split(index):
@@ -347,11 +356,12 @@ def _is_done(part, folder):
 def _todo(index, folder): return [p for p in _split(index) if not _is_done(p, folder)]
 
 # %% ../nbs/50_tiny_imagenet.ipynb #df5b9077
-def _start_worker(source):
+def _start_worker(files):
     global _files
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent, who then ends the workers
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    _files = TinyFiles(source)
+    _files = files
+    files.reopen()
 
 def _work(part, folder): return decode_part(_files, part, folder)
 
@@ -361,7 +371,7 @@ def _decoded(files, parts, folder, procs):
     if procs == 1 or len(parts) < 2 or (method == 'spawn' and _work.__module__ == '__main__'):
         for part in parts: yield part, *decode_part(files, part, folder)
         return
-    pool = ProcessPoolExecutor(min(procs, len(parts)), get_context(method), _start_worker, (files.path,))
+    pool = ProcessPoolExecutor(min(procs, len(parts)), get_context(method), _start_worker, (files,))
     try:
         futures = {pool.submit(_work, part, folder): part for part in parts}
         for f in as_completed(futures): yield futures[f], *f.result()

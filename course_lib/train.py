@@ -30,6 +30,7 @@ from .ddpm import UNet, fashion_dls, fit_ddpm, init_ddpm, linear_schedule, noisi
 from .distributed import AccelerateCB, check_precision, check_share, launch, train_clothes
 from .learner import Callback, Learner
 from .results import save_results
+from .tiny_classifier import TINY_PRESETS, train_tiny
 
 # %% ../nbs/90_train.ipynb #1e36f440
 GIVEN = 'path', 'cbs'   # arguments that only the entry point gives
@@ -310,6 +311,7 @@ register('ddpm', train_ddpm, {'quick': dict(n_epochs=1, bs=64, n_blocks=1, mixed
                               'reference': dict(mixed_precision='auto'),
                               'large-batch': dict(n_epochs=8, bs=512, lr=1e-2, mixed_precision='auto')})
 register('clothes', train_clothes, {'quick': dict(n_epochs=1), 'longer': dict(n_epochs=5)})
+register('tiny', train_tiny, {k: dict(p, mixed_precision='auto') for k, p in TINY_PRESETS.items()})
 
 # %% ../nbs/90_train.ipynb #3d9f37d0
 def in_columns(

@@ -16,6 +16,15 @@ def lab(tmp_path_factory):
     if why := why_not(): pytest.skip(why)
     with lab_server(tmp_path_factory.mktemp('lab'), PYTHONPATH=str(ROOT)) as server: yield server
 
+@pytest.fixture(scope='module')
+def warm():
+    "What Accelerate imports when it is first used takes seconds; once here is better than in every fork."
+    from course_lib.distributed import AccelerateCB
+    from distributed_run import classifier
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('COURSE_DEVICE', 'cpu')
+        classifier([AccelerateCB()]).fit(1)
+
 @pytest.fixture
 def start(request, tmp_path):
     "Starts the training that stands in the test's module as RUN, see tests/killed.py: start(checkpoint, result, seed, pause) -> Popen."

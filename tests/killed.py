@@ -1,6 +1,7 @@
 "For tests of trainings that are killed: a script of their own in a new process, SIGKILL at a line that it prints, results compared to the last bit."
 import os, signal, subprocess, sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
 @contextmanager
 def runs(script):
     "A function (checkpoint, result, seed, pause) -> Popen that starts the script; what still runs at the end is killed."
-    running = []
+    running, here = [], str(Path(__file__).parent)
+    env = dict(os.environ, PYTHONWARNINGS='ignore', PYTHONPATH=os.pathsep.join([here, *filter(None, [os.environ.get('PYTHONPATH')])]))   # killed_run is there
     def start(checkpoint, result, seed, pause=0.):
         args = [sys.executable, script, checkpoint, result, str(seed), str(pause)]
-        running.append(subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore')))
+        running.append(subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, text=True, env=env))
         return running[-1]
     try: yield start
     finally:

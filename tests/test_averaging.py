@@ -14,21 +14,15 @@ from course_lib.learner import (Callback, CancelBatchException, CancelEpochExcep
 from killed import equal, kill_at, posix
 
 RUN = '''
-import sys, time, torch
+import time, torch
 import torch.nn.functional as F
 from torch import nn
 from course_lib.averaging import EMACB, SWACB
 from course_lib.callbacks import CheckpointCB, MetricsCB, accuracy, save_state
-from course_lib.core import set_seed
 from course_lib.data import DataLoaders, TensorLoader
 from course_lib.learner import Callback, Learner, TrainCB
+from killed_run import checkpoint, pause, result, x, y
 
-checkpoint, result, seed, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-torch.set_num_threads(1)
-gen = torch.Generator().manual_seed(0)
-x = torch.randn(200, 1, 8, 8, generator=gen)
-y = (x.mean((1, 2, 3)) > 0).long()
-set_seed(seed)   # each process begins with other random numbers: they must come from the checkpoint
 
 class SlowCB(Callback):
     def after_batch(self, learn):

@@ -14,28 +14,15 @@ from course_lib.learner import Callback, Learner, TrainCB, synth_dls
 from killed import equal, kill_at, posix
 
 RUN = '''
-import sys, time, torch
+import torch
 from functools import partial
 from torch import nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from course_lib.callbacks import BatchSchedCB, CheckpointCB, MetricsCB, ProgressCB, RecorderCB, accuracy, save_state
-from course_lib.core import set_seed
 from course_lib.data import DataLoaders
-from course_lib.learner import Callback, Learner, MomentumCB, TrainCB
-
-checkpoint, result, seed, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-torch.set_num_threads(1)
-gen = torch.Generator().manual_seed(0)
-x = torch.randn(200, 1, 8, 8, generator=gen)
-y = (x.mean((1, 2, 3)) > 0).long()
-set_seed(seed)   # each process begins with other random numbers: they must come from the checkpoint
-
-class SlowCB(Callback):
-    def after_batch(self, learn):
-        if learn.training:
-            time.sleep(pause)
-            print(f'batch {learn.epoch} {learn.iter}', flush=True)
+from course_lib.learner import Learner, MomentumCB, TrainCB
+from killed_run import SlowCB, checkpoint, result, x, y
 
 model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(144, 2))
 train = DataLoader(TensorDataset(x[:160], y[:160]), batch_size=20, shuffle=True)

@@ -332,7 +332,16 @@ def test_run_names_the_cell_that_failed(course, lesson, decoy):
 
 def test_run_names_the_network_first(course, lesson, decoy):
     code, out, _ = course('run', lesson('from course_lib.features import load_backbone\nload_backbone()'), '--out', 'out')
-    assert code == 0 and out.splitlines()[0].startswith('98_probe; network course_vgg: ') and 'random weights' in out.splitlines()[0]
+    assert code == 0 and out.splitlines()[0].startswith('98_probe; network course_vgg: ') and 'trained by this course' in out.splitlines()[0]
+
+def test_bench_compares_loaders(course):
+    code, out, _ = course('bench', 'data', '--n', 32, '--rounds', 2, '--workers', 0)
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 4 and lines[0].startswith('32 pictures: ') and lines[1].endswith('1.00 times the first')
+
+def test_bench_refuses_nothing_to_do(course):
+    code, _, err = course('bench', 'data', '--rounds', 0)
+    assert code == 1 and '--n and --rounds must be at least 1; got 8192 and 0' in err
 
 def test_run_survives_a_kernel_that_dies(course, lesson, decoy):
     code, out, err = course('run', lesson('import os; os._exit(3)'), '--out', 'out')

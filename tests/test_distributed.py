@@ -14,20 +14,12 @@ from course_lib.data import DataLoaders, TensorLoader, get_dls
 from course_lib.distributed import AccelerateCB, MultDL, check_precision, deal, launch
 from course_lib.learner import Callback, Learner, TrainCB, synth_dls
 
-sys.path.insert(0, str(Path(__file__).parent))
 from distributed_run import classifier, outcome
 
-pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.timeout(120), pytest.mark.usefixtures('warm')]
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch): monkeypatch.setenv('COURSE_DEVICE', 'cpu')
-
-@pytest.fixture(autouse=True, scope='module')
-def warm():
-    "What Accelerate imports when it is first used takes seconds; once here is better than in every fork."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('COURSE_DEVICE', 'cpu')
-        fit(n_epochs=1)
 
 def fit(make_train=AccelerateCB, n_epochs=2, cbs=(), n_fits=1, **kw):
     learn = classifier([make_train(), MetricsCB(accuracy), RecorderCB(), *cbs], **kw)

@@ -1,16 +1,19 @@
 "Backbones by name: what is used, what is refused, what is stored. No network: downloads go to a dead address or to a server in this process."
 import functools, hashlib, threading
+from collections import OrderedDict
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from course_lib import data, features
 from course_lib.data import DataFile, FetchError
 from course_lib.features import (RECIPES, Backbone, backbone_names, calc_features, course_vgg, freeze, load_backbone,
                                  store_features)
+from course_lib.fid import save_classifier
 
 DEAD = 'http://127.0.0.1:9/'     # the discard port: refused at once
 
@@ -69,8 +72,10 @@ def test_random_weights_are_the_same_each_time_and_leave_the_seed_alone():
 
 def test_trained_course_net_is_used_when_it_is_there(folder):
     model = course_vgg()
-    store_features({f'features.{k}': v for k, v in model.state_dict().items()}, folder/'assets/weights/course_vgg.safetensors')
+    whole = nn.Sequential(OrderedDict(features=model, head=nn.Linear(256, 200)))
+    save_classifier(whole, folder/'assets/weights/course_vgg.safetensors', mean=[.5, .4, .3], std=[.2, .3, .25])
     b = load_backbone('course_vgg')
+    assert (b.mean, b.std) == ((.5, .4, .3), (.2, .3, .25))
     assert 'trained by this course' in b.source and b.learned
     torch.testing.assert_close(b.model[0].weight, model[0].weight, atol=1e-3, rtol=1e-3)
     assert b.model[1].num_batches_tracked.dtype == torch.int64

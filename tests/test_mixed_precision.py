@@ -1,5 +1,5 @@
 "Mixed precision: what a notebook can't hold: a kill, silent fallbacks of torch, contexts of others, every moment at which a batch can end."
-import contextlib, math, os, signal, subprocess, sys
+import contextlib, math
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from course_lib.core import set_seed
 from course_lib.data import DataLoaders
 from course_lib.learner import Callback, CancelBatchException, CancelEpochException, CancelFitException, Learner, TrainCB
 from course_lib.mixed_precision import AutocastCB, MixedPrecision, autocast_dtype, fast_dtype
+
+from killed import equal, kill_at, posix
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 MOMENTS = 'before_batch', 'after_predict', 'after_loss', 'after_backward', 'after_step', 'after_batch'
@@ -193,25 +195,15 @@ def test_a_checkpoint_goes_on_in_another_type(tmp_path, before, after):
     assert learn.cbs[1].dtype == after and math.isfinite(learn.loss.item())
 
 RUN = '''
-import sys, time, torch
+import torch
 from torch import nn
 from course_lib.callbacks import CheckpointCB, save_state
-from course_lib.core import set_seed
 from course_lib.data import DataLoaders, TensorLoader
-from course_lib.learner import Callback, Learner, TrainCB
+from course_lib.learner import Learner, TrainCB
 from course_lib.mixed_precision import MixedPrecision
+from killed_run import SlowCB, checkpoint, result
 
-checkpoint, result, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
-torch.set_num_threads(1)
-gen = torch.Generator().manual_seed(0)
-x = torch.randn(128, 8, generator=gen)
-set_seed(int(sys.argv[4]))   # each process begins with other random numbers: they must come from the checkpoint
-
-class SlowCB(Callback):
-    def after_batch(self, learn):
-        time.sleep(pause)
-        print(f'batch {learn.epoch} {learn.iter}', flush=True)
-
+x = torch.randn(128, 8, generator=torch.Generator().manual_seed(0))
 model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(.2), nn.Linear(16, 1))
 cbs = [CheckpointCB(checkpoint)] if checkpoint != '-' else []
 learn = Learner(model, DataLoaders(TensorLoader(x, x[:, :1] * x[:, 1:2], bs=16, shuffle=True), None), lr=1e-2, opt_func=torch.optim.Adam,
@@ -220,23 +212,14 @@ learn.fit(4)
 save_state(dict(model=dict(model.state_dict()), scaler=learn.scaler.state_dict()), result)
 '''
 
-@pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
-def test_a_killed_run_goes_on_with_its_scale(tmp_path):
-    script = tmp_path/'run.py'
-    script.write_text(RUN)
-    def go(checkpoint, result, pause, seed):
-        args = [sys.executable, script, checkpoint, tmp_path/result, pause, seed]
-        return subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore'))
-    whole, killed = go('-', 'whole', 0, 7), go(tmp_path/'c.safetensors', 'killed', .05, 7)
-    for line in killed.stdout:
-        if line.startswith('batch 2 3'): break
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    whole.communicate()
-    resumed = go(tmp_path/'c.safetensors', 'resumed', 0, 8)
-    out, _ = resumed.communicate()
-    assert killed.returncode == -signal.SIGKILL and (whole.returncode, resumed.returncode) == (0, 0)
-    assert out.startswith('batch 2 0') and not (tmp_path/'killed').exists()
-    a, b = load_state(tmp_path/'whole'), load_state(tmp_path/'resumed')
-    assert a['scaler'] == b['scaler'] and a['scaler']['scale'] < 2**30
-    assert all(torch.equal(v, b['model'][k]) for k, v in a['model'].items())
+@posix
+def test_a_killed_run_goes_on_with_its_scale(start, tmp_path):
+    whole, pieces, checkpoint = tmp_path/'whole.safetensors', tmp_path/'pieces.safetensors', tmp_path/'run.safetensors'
+    uninterrupted = start('-', whole, 7)   # runs beside the other
+    kill_at(start(checkpoint, pieces, 7, pause=.05), 'batch 2 3')
+    assert not pieces.exists()
+    last = start(checkpoint, pieces, 8)
+    assert last.wait() == uninterrupted.wait() == 0
+    assert last.stdout.read().startswith('batch 2 0')
+    a, b = load_state(whole), load_state(pieces)
+    assert equal(a, b) and a['scaler']['scale'] < 2**30

@@ -16,28 +16,15 @@ from course_lib.schedules import PhaseCB, TrainingPhase, fit_phases, lay_out, ph
 from killed import equal, kill_at, posix
 
 RUN = '''
-import sys, time, torch
+import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.optim import SGD, AdamW, RMSprop
 from course_lib.callbacks import CheckpointCB, MetricsCB, RecorderCB, accuracy, save_state
-from course_lib.core import set_seed
 from course_lib.data import DataLoaders, TensorLoader
-from course_lib.learner import Callback, Learner, TrainCB
+from course_lib.learner import Learner, TrainCB
 from course_lib.schedules import TrainingPhase, fit_phases
-
-checkpoint, result, seed, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-torch.set_num_threads(1)
-gen = torch.Generator().manual_seed(0)
-x = torch.randn(200, 1, 8, 8, generator=gen)
-y = (x.mean((1, 2, 3)) > 0).long()
-set_seed(seed)   # each process begins with other random numbers: they must come from the checkpoint
-
-class SlowCB(Callback):
-    def after_batch(self, learn):
-        if learn.training:
-            time.sleep(pause)
-            print(f'batch {learn.epoch} {learn.iter}', flush=True)
+from killed_run import SlowCB, checkpoint, result, seed, x, y
 
 def data(size):
     part = x[:, :, :size, :size].contiguous()

@@ -1,5 +1,5 @@
 "Tiny ImageNet on bad days: archives cut short, pictures that don't decode, files missing or too many, full disks, killed runs; nothing half-written, whatever happens."
-import errno, hashlib, json, os, shutil, subprocess, sys, time, zipfile
+import errno, hashlib, shutil, zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path

@@ -5,29 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import TensorDataset
 
 from course_lib import cli, train
 from course_lib.callbacks import CheckpointCB, MetricsCB, ProgressCB, RecorderCB, TextView, load_state, save_state
-from course_lib.core import set_seed
-from course_lib.data import get_dls
 from course_lib.distributed import AccelerateCB, launch
-from course_lib.learner import Callback, Learner
+from course_lib.learner import Callback
 
+from distributed_run import classifier
 from killed import equal
 
-pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.timeout(120), pytest.mark.usefixtures('warm')]
 
 def train_toy(path=None, n_epochs=3, lr=.5, bs=8, n_items=37, drop=0., mixed_precision='no', seed=3, cbs=()):
     "Two classes, float64, no batch norm."
-    set_seed(seed)
-    x = torch.randn(n_items, 4).double()
-    ds = TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long())
-    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(drop), nn.Linear(16, 2)).double()
     cbs = [AccelerateCB(mixed_precision=mixed_precision), MetricsCB(), RecorderCB(), ProgressCB(make_view=TextView), *cbs]
-    learn = Learner(model, get_dls(ds, ds, bs), F.cross_entropy, lr, [*cbs, CheckpointCB(path)] if path else cbs)
+    learn = classifier([*cbs, CheckpointCB(path)] if path else cbs, bs, n_items=n_items, drop=drop, lr=lr, seed=seed)
     learn.fit(n_epochs)
     return learn
 
@@ -36,13 +28,6 @@ TOY = 'toy', train_toy, {'quick': {}, 'noisy': dict(drop=.5)}
 if __name__ == '__main__':   # launched by a test below
     train.register(*TOY)
     sys.exit(train.main())
-
-@pytest.fixture(autouse=True, scope='module')
-def warm():
-    "What Accelerate imports when it is first used takes seconds; once here is better than in every fork."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('COURSE_DEVICE', 'cpu')
-        train_toy(n_epochs=1)
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
@@ -255,6 +240,13 @@ def test_ddpm(course):
     whole = json.loads(Path('a/train_ddpm_quick.json').read_text())
     assert whole['rows'][0]['nfs'] == '(4, 8)' and 'silhouettes drawn by micro_fashion' in whole['what'] and 0 < whole['rows'][0]['valid loss'] < 1.5
 
+def test_tiny(course, monkeypatch, tmp_path):
+    monkeypatch.setenv('COURSE_DATA', str(tmp_path/'nothing'))
+    code, out, err = course('tiny', '--out', 'a', 'width=3', 'n_epochs=1', 'n_items=40', 'bs=20', 'mixed_precision=no')
+    assert code == 0 and err == '', err
+    whole = json.loads(Path('a/train_tiny_vgg.json').read_text())
+    assert 'figures drawn by write_micro' in whole['what'] and 0 <= whole['rows'][0]['valid top1'] <= 1
+
 def test_auto_is_written_out(monkeypatch):
     for fast, wanted in (True, 'bf16'), (False, 'no'):
         monkeypatch.setattr(train, 'bf16_is_fast', lambda: fast)
@@ -287,8 +279,8 @@ def test_the_list(course):
     assert re.search(r'preset  drop\n +quick   0.0\n +noisy   0.5\n', out)
 
 @pytest.mark.parametrize('words, code, why', [
-    (['toi'], 1, "there is no training 'toi'; did you mean toy? There are: ddpm, clothes, toy"),
-    (['xyz'], 1, "there is no training 'xyz'. There are: ddpm, clothes, toy"),
+    (['toi'], 1, "there is no training 'toi'; did you mean toy? There are: ddpm, clothes, tiny, toy"),
+    (['xyz'], 1, "there is no training 'xyz'. There are: ddpm, clothes, tiny, toy"),
     (['toy', '--preset', 'noise'], 1, "there is no preset of toy 'noise'; did you mean noisy?"),
     (['toy', 'epochs=3'], 1, "there is no setting of toy 'epochs'; did you mean n_epochs?"),
     (['toy', 'path=x'], 1, "there is no setting of toy 'path'"),

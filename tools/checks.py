@@ -1,6 +1,5 @@
 """What must hold for the repository. Each check takes the project's folder and returns its complaints: none means all is well."""
 import ast, contextlib, json, os, re, shutil, subprocess, sys, tempfile
-from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -152,12 +151,16 @@ def foreign_imports(path):
         if isinstance(node, ast.Import): yield from (o.name for o in node.names)
         if isinstance(node, ast.ImportFrom) and not node.level: yield node.module
 
+def what_modules_import(root):
+    "All of that, for the whole library."
+    lib = settings(root)['lib_path']
+    return sorted({o for path in Path(root, lib).glob('[!_]*.py') for o in foreign_imports(path) if o.split('.')[0] != lib})
+
 def fresh_imports(root):
     "Every module imports, silently, in a process that has imported no other of the package."
     lib = settings(root)['lib_path']
     paths = sorted(Path(root, lib).glob('[!_]*.py'))
-    others = {o for path in paths for o in foreign_imports(path) if o.split('.')[0] != lib}   # once for all: they take seconds
-    words = ' '.join(sorted(others)), ' '.join(f'{lib}.{path.stem}' for path in paths)
+    words = ' '.join(what_modules_import(root)), ' '.join(f'{lib}.{path.stem}' for path in paths)   # theirs once for all: they take seconds
     done = subprocess.run([sys.executable, '-c', FORKS, *words], cwd=tempfile.gettempdir(), env=dict(os.environ, PYTHONPATH=str(root)),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     before, *found = done.stdout.split('\0')

@@ -5,6 +5,8 @@ COURSE_TEST_LIMIT is the time a notebook may take, in seconds (300).
 """
 import os, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import checks
@@ -13,13 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNNING = set()   # notebooks to end on Ctrl-C
 HALF = str(max(1, (os.cpu_count() or 2)//2))   # threads for each of two jobs
 LIMIT = float(os.environ.get('COURSE_TEST_LIMIT') or 300)
-ONE = '''import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-cfg = get_config()
-sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)[0])'''
+# Importing torch and the rest takes seconds: once, in a server; each notebook is a fork of it.
+FORKS = get_context('forkserver')
 
+
+@contextmanager
+def environment(env):
+    "What is started inside has this environment."
+    before = dict(os.environ)
+    try: os.environ.clear(); os.environ.update(env); yield
+    finally: os.environ.clear(); os.environ.update(before)
 
 def offline(tmp, **kw):
     "The environment of a test: no data folder, a dead proxy in place of the network, outputs thrown away."
@@ -48,20 +53,32 @@ def stop(proc):
     for sig, wait in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
         try: os.killpg(proc.pid, sig)
         except (ProcessLookupError, PermissionError): return   # nothing of it is left
-        try: proc.wait(wait)
-        except subprocess.TimeoutExpired: pass
+        proc.join(wait)
 
-def run_notebook(path, env, limit=LIMIT):
-    "Run one notebook as nbdev_test does, in a process of its own: (name, seconds, what went wrong or '')."
+def one_notebook(path, env, root, log):
+    "In a process of its own, and a group of its own: run a notebook as nbdev_test does."
+    os.setsid()
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for out in 1, 2: os.dup2(fd, out)
+    os.environ.update(env)
+    os.chdir(path.parent)
+    sys.path.insert(0, str(root))
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    cfg = get_config()
+    sys.exit(not test_nb(path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)[0])
+
+def run_notebook(path, env, root, limit=LIMIT):
+    "(name, seconds, what went wrong or '')."
     start = time.time()
-    with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
-        command = [sys.executable, '-c', ONE, str(path)]
-        proc = subprocess.Popen(command, cwd=path.parent, env=env, stdout=log, stderr=log, start_new_session=True)
+    with tempfile.NamedTemporaryFile('w+', encoding='utf-8', errors='replace') as log:
+        proc = FORKS.Process(target=one_notebook, args=(path, env, root, log.name))
         RUNNING.add(proc)
-        try: wrong = 'failed' if proc.wait(limit) else ''
-        except subprocess.TimeoutExpired: wrong = f'STOPPED: still running after {limit:.0f} s'
+        try:
+            proc.start()
+            proc.join(limit)
+            wrong = f'STOPPED: still running after {limit:.0f} s' if proc.is_alive() else 'failed' if proc.exitcode else ''
         finally: stop(proc); RUNNING.discard(proc)
-        log.seek(0)
         said = log.read()[-6000:] if wrong else ''
     seconds = time.time() - start
     print(f'{"FAILED" if wrong else "ok":7}{path.name:32}{seconds:6.1f} s  {wrong}\n{said}'.rstrip(), flush=True)
@@ -72,7 +89,9 @@ def run_notebooks(names=(), root=ROOT, limit=LIMIT):
     paths = [p for p in reversed(checks.notebooks(root)) if not names or p.stem in names]
     with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(2) as pool:
         env = offline(tmp, OMP_NUM_THREADS=HALF, PYTHONPATH=str(root))
-        try: results = list(pool.map(lambda p: run_notebook(p, env, limit), paths))
+        FORKS.set_forkserver_preload(['nbdev.test', 'torch._dynamo', *checks.what_modules_import(root)])
+        try:
+            with environment(env): results = list(pool.map(lambda p: run_notebook(p, env, root, limit), paths))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for proc in list(RUNNING): stop(proc)
@@ -85,9 +104,9 @@ def run_pytest(root=ROOT):
     command = [sys.executable, '-m', 'pytest', '-q', '--durations=3']
     with tempfile.TemporaryDirectory() as tmp, tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
         env = [offline(f'{tmp}/{half}', OMP_NUM_THREADS=HALF, MPLBACKEND='agg') for half in range(2)]
-        second = subprocess.Popen([*command, *files[1::2]], cwd=root, env=env[1], stdout=log, stderr=subprocess.STDOUT)
-        first = subprocess.run([*command, *files[::2]], cwd=root, env=env[0])
-        codes = first.returncode, second.wait()
+        with subprocess.Popen([*command, *files[1::2]], cwd=root, env=env[1], stdout=log, stderr=subprocess.STDOUT) as second:
+            first = subprocess.run([*command, *files[::2]], cwd=root, env=env[0])
+        codes = first.returncode, second.returncode
         log.seek(0)
         print(log.read(), end='', flush=True)
     return ['pytest'] if any(codes) else []
