@@ -8,7 +8,6 @@ __all__ = ['gram', 'calc_grams', 'mean_square', 'check_weights', 'FeatureLoss', 
 
 # %% ../nbs/32_style.ipynb #003-3ff52c2c
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .features import calc_features

@@ -120,7 +120,8 @@ def test_full_disk(put, monkeypatch):
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_interrupted(server, put, how):
     name = put('slow/net', 'net')
-    code = f'from course_lib import data; data.fetch(data.register({data.registry()[name]!r}).name)'.replace('DataFile(', 'data.DataFile(')
+    listen = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '   # a shell's background jobs begin deaf
+    code = listen + f'from course_lib import data; data.fetch(data.register({data.registry()[name]!r}).name)'.replace('DataFile(', 'data.DataFile(')
     proc = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, env=dict(os.environ))
     for _ in range(1200):
         if server.asked and left(): break
