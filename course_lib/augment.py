@@ -107,7 +107,7 @@ def random_erase(
     _check_batch(x)
     if not x.is_floating_point():
         raise TypeError(f'random_erase needs normalised floats; got {x.dtype}')
-    return _erase_(x.clone(), pct, max_num)
+    return _erase_(x.clone(), pct, max_num) if len(x) else x.clone()
 
 # %% ../nbs/51_augment.ipynb #772bd234
 def random_copy(
@@ -285,7 +285,7 @@ def augment_batch(
     std,    # of each channel
     pad=8,  # see `pad_crop`
 ):          # NxCxHxW, float32
-    "TrivialAugment, crop, flip, normalise, erase: what the course's classifier trains on."
+    "TrivialAugment, crop, flip, normalise, erase: everything at once."
     x = flip(pad_crop(trivial_augment(x), pad, 'reflect'))   # a black border would move the mean
     return _erase_(normalise(x, mean, std))   # in place: what `normalise` returns is new
 
@@ -311,7 +311,9 @@ class AugmentedLoader:
         self,
         dl,   # loader of (xb, ...)
         tfm,  # xb -> xb
-    ): self.dl, self.tfm = dl, tfm
+    ):
+        self.dl, self.tfm = dl, tfm
+        self.generator = getattr(dl, 'generator', None)   # where CheckpointCB looks for it
     def __len__(self): return len(self.dl)
     def __iter__(self):
         for xb, *rest in self.dl: yield self.tfm(xb), *rest

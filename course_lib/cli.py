@@ -391,8 +391,8 @@ def bench(args):
     if min(args.n, args.rounds) < 1: raise ValueError(f'--n and --rounds must be at least 1; got {args.n} and {args.rounds}')
     tune_malloc()
     ds, device = tiny_ds('train'), default_device()
-    ims = ds.ims[torch.linspace(0, len(ds) - 1, args.n).long()].contiguous()
-    print(f'{args.n:,} pictures: {ds.source}; {args.rounds} rounds; batches on {device.type}, {torch.get_num_threads()} threads', flush=True)
+    ims = ds.ims[torch.linspace(0, len(ds) - 1, min(args.n, len(ds))).long()].contiguous()
+    print(f'{len(ims):,} pictures: {ds.source}; {args.rounds} rounds; batches on {device.type}, {torch.get_num_threads()} threads', flush=True)
     rates = bench_augment(ims, args.rounds, num_workers=args.workers, device=device)
     first = next(iter(rates.values()))
     for name, r in rates.items():

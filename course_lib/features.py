@@ -8,7 +8,7 @@ __all__ = ['imagenet_stats', 'RECIPES', 'normalize', 'vgg_names', 'Backbone', 'f
            'avg_pools', 'load_backbone', 'strongest_maps']
 
 # %% ../nbs/31_features.ipynb #003-c73e5731
-import copy, json
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torchvision import models
 
 from .core import assets_path, atomic_path, data_path
 from .data import DataFile, FetchError, fetch, register
+from .fid import read_classifier
 
 # %% ../nbs/31_features.ipynb #012-3e0cd260
 imagenet_stats = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # mean and standard deviation of red, green, blue
@@ -216,13 +217,12 @@ def forgotten(
     seed=0,    # of the new weights; your random numbers stay as they were
 ) -> Backbone:
     "The same network with random weights."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = copy.deepcopy(backbone.model)
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d): m.reset_parameters()   # and its running statistics
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
-            if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
+    model = copy.deepcopy(backbone.model)
+    gen = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.reset_parameters()   # and its running statistics
+        if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight, generator=gen)
+        if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
     return replace(backbone, model=model, source='random weights, nothing learned', learned=False)
 
 # %% ../nbs/31_features.ipynb #9e19dd2b
@@ -240,8 +240,8 @@ def _course_backbone():
     relus = tuple(n for n in names if n.startswith('relu'))
     backbone = Backbone('course_vgg', freeze(model), names, 'nothing learned yet', False, ('relu3_2',), relus)
     if not path.exists(): return forgotten(backbone)
-    model.load_state_dict(load_features(path))
-    card = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
+    weights, card = read_classifier(path)
+    model.load_state_dict({k.removeprefix('features.'): v for k, v in weights.items() if k.startswith('features.')})
     return replace(backbone, source=f'trained by this course, from assets/weights/{path.name}', learned=True,
                    mean=tuple(card['mean']), std=tuple(card['std']))
 

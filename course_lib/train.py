@@ -116,7 +116,7 @@ def settings_of(
     return preset, settings
 
 # %% ../nbs/90_train.ipynb #4971fe65
-COUNTS = 'n_epochs', 'bs', 'n_items'
+COUNTS = 'n_epochs', 'bs', 'n_items', 'width'
 
 def check(
     settings,  # all of a run

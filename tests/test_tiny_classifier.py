@@ -1,9 +1,11 @@
 "The classifier of Tiny ImageNet: a run that was broken off goes on, what is kept is what was trained, what can't be is refused."
+from inspect import signature
+
 import pytest
 import torch
 
 from course_lib import tiny_classifier as tiny
-from course_lib.callbacks import MetricsCB
+from course_lib.callbacks import MetricsCB, capture_preds
 from course_lib.learner import Callback
 from course_lib.tiny_classifier import (TINY_NETS, TINY_PRESETS, TinyBatchCB, keep_tiny, load_tiny, side_at, tiny_dls, tiny_net,
                                         tiny_res, train_tiny)
@@ -53,6 +55,23 @@ def test_kept_weights_need_the_net_they_were_trained_in(tmp_path):
     assert not (tmp_path/'kept.safetensors').exists()
 
 
+def test_a_run_that_is_not_over_is_not_kept(tmp_path):
+    path = tmp_path/'checkpoint.safetensors'
+    with pytest.raises(KeyboardInterrupt): train_tiny(path, cbs=[BreakCB()], **SMALL)
+    with pytest.raises(ValueError, match='stopped after 2 of 6 batches; let it go on first'): keep_tiny(path, tmp_path/'kept.safetensors', width=3)
+
+
+def test_a_trained_learner_predicts_at_full_size(tmp_path):
+    seen = []
+    class LookCB(Callback):
+        def before_batch(self, learn): seen.append(learn.batch[0].shape[-1])
+    learn = train_tiny(cbs=[LookCB()], **SMALL)
+    assert sorted(set(seen)) == [40, 64]
+    seen.clear()
+    capture_preds(learn)
+    assert set(seen) == {64}
+
+
 def test_the_courses_own_network_is_what_its_card_says():
     model, card = load_tiny()
     assert card['net'] == 'vgg' and card['accuracy'] > .5 and card['bytes'] <= 4e6
@@ -67,7 +86,7 @@ def test_every_net_takes_every_size_of_the_growth(net):
 
 def test_presets_name_settings_that_exist():
     for name, settings in TINY_PRESETS.items():
-        assert settings.keys() <= tiny.train_tiny.__annotations__.keys() | set(tiny.train_tiny.__code__.co_varnames), name
+        assert settings.keys() <= signature(train_tiny).parameters.keys(), name
         assert settings.get('net', 'vgg') in TINY_NETS and settings.get('augment', 'light') in tiny.AUGMENT
 
 
@@ -81,7 +100,7 @@ def test_pictures_grow_to_their_full_size_in_any_number_of_epochs():
     for n in range(1, 40):
         sides = [side_at(epoch, n) for epoch in range(n)]
         assert sides == sorted(sides) and set(sides) <= {40, 52, 64}
-        if n > 3: assert sides[0] == 40 and sides[-1] == 64
+        assert sides[-1] == 64 and (n == 1 or sides[0] == 40)
 
 
 def test_few_items_are_spread_over_all_classes():
@@ -96,7 +115,8 @@ def test_validation_pictures_are_not_augmented():
     xb, learn = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8), Learn()
     cb = TinyBatchCB([.5] * 3, [.25] * 3, 'trivial', 'mixup', erase=True)
     learn.batch = xb, torch.arange(4)
-    cb.before_epoch(learn), cb.before_batch(learn)
+    learn.model = tiny_net('vgg', 3)
+    cb.before_fit(learn), cb.before_epoch(learn), cb.before_batch(learn)
     torch.testing.assert_close(learn.batch[0], (xb / 255 - .5) / .25)
     assert torch.equal(learn.batch[1], torch.arange(4))
 

@@ -3,20 +3,22 @@
 usage: python tools/test.py [checks] [notebooks [NAME ...]] [pytest]     all three without arguments
 COURSE_TEST_LIMIT is the time a notebook may take, in seconds (300).
 """
-import os, signal, subprocess, sys, tempfile, time
+import atexit, os, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Event
 
 import checks
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNNING = set()   # notebooks to end on Ctrl-C
+RUNNING, ENDED = set(), Event()   # notebooks to end on Ctrl-C
+PASSED = '\0passed'   # the last word of a notebook's process
 HALF = str(max(1, (os.cpu_count() or 2)//2))   # threads for each of two jobs
 LIMIT = float(os.environ.get('COURSE_TEST_LIMIT') or 300)
 # Importing torch and the rest takes seconds: once, in a server; each notebook is a fork of it.
-FORKS = get_context('forkserver')
+FORKS = get_context('forkserver' if sys.platform == 'linux' else 'spawn')   # elsewhere a fork is not safe
 
 
 @contextmanager
@@ -50,6 +52,7 @@ def run_checks(root=ROOT):
 
 def stop(proc):
     "Interrupt, so that the traceback names the cell; then end the notebook and all its children."
+    if proc.pid is None: return   # it never began
     for sig, wait in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
         try: os.killpg(proc.pid, sig)
         except (ProcessLookupError, PermissionError): return   # nothing of it is left
@@ -60,13 +63,16 @@ def one_notebook(path, env, root, log):
     os.setsid()
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     for out in 1, 2: os.dup2(fd, out)
+    os.environ.clear()
     os.environ.update(env)
     os.chdir(path.parent)
     sys.path.insert(0, str(root))
     from nbdev.config import get_config
     from nbdev.test import test_nb
     cfg = get_config()
-    sys.exit(not test_nb(path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)[0])
+    try: passed, _ = test_nb(path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
+    finally: atexit._run_exitfuncs()   # a fork leaves without them, and temporary folders would stay
+    if passed: os.write(fd, PASSED.encode())
 
 def run_notebook(path, env, root, limit=LIMIT):
     "(name, seconds, what went wrong or '')."
@@ -76,10 +82,12 @@ def run_notebook(path, env, root, limit=LIMIT):
         RUNNING.add(proc)
         try:
             proc.start()
-            proc.join(limit)
-            wrong = f'STOPPED: still running after {limit:.0f} s' if proc.is_alive() else 'failed' if proc.exitcode else ''
+            proc.join(0 if ENDED.is_set() else limit)
+            slow = proc.is_alive()
         finally: stop(proc); RUNNING.discard(proc)
-        said = log.read()[-6000:] if wrong else ''
+        said = log.read()
+    wrong = '' if said.endswith(PASSED) else f'STOPPED: still running after {limit:.0f} s' if slow else 'failed'
+    said = said[-6000:] if wrong else ''
     seconds = time.time() - start
     print(f'{"FAILED" if wrong else "ok":7}{path.name:32}{seconds:6.1f} s  {wrong}\n{said}'.rstrip(), flush=True)
     return path.name, seconds, wrong
@@ -93,6 +101,7 @@ def run_notebooks(names=(), root=ROOT, limit=LIMIT):
         try:
             with environment(env): results = list(pool.map(lambda p: run_notebook(p, env, root, limit), paths))
         except KeyboardInterrupt:
+            ENDED.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for proc in list(RUNNING): stop(proc)
             raise
