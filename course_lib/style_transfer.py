@@ -25,7 +25,7 @@ from .features import Backbone, backbones_here, load_backbone
 from .learner import Callback, CancelFitException, Learner
 from .pictures import find_picture, photo_names, resize, style_names
 from .pixels import ImageLogCB, ImageOptCB, TensorModel
-from .show import save_film, save_image, show_image, to_uint8
+from .show import save_film, save_image, to_uint8
 from .style import ContentLoss, LossSum, StyleLoss, range_loss, tv_loss
 from .widgets import guarded, is_live, layer_picker, weight_slider, weight_sliders
 
