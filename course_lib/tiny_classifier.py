@@ -21,7 +21,8 @@ from torchvision.transforms import v2
 
 from .augment import flip, normalise, pad_crop, random_erase, trivial_augment
 from .blocks import PreActBlock, ResBlock, conv, pool_head, res_blocks
-from .callbacks import BatchSchedCB, CheckpointCB, MetricsCB, ProgressCB, load_checkpoint
+from .callbacks import (BatchSchedCB, CheckpointCB, MetricsCB, ProgressCB, accuracy,
+                                  load_checkpoint)
 from .core import assets_path, default_device, set_seed, tune_malloc
 from .data import DataLoaders, TensorLoader
 from .distributed import AccelerateCB
@@ -83,7 +84,7 @@ def side_at(
     n_epochs,
 ) -> int:      # pixels
     "How large the pictures are in an epoch, when they grow."
-    if epoch == n_epochs - 1: return 64   # however few there are
+    if epoch == n_epochs - 1: return GROWTH[-1][1]   # however few there are
     return next(side for share, side in GROWTH if epoch < share * n_epochs)
 
 def resize_bytes(
@@ -106,8 +107,9 @@ def safe_layout(
     model,  # any module
 ):          # channels_last, or contiguous_format
     "How its numbers should lie: channels last, but not where oneDNN's backward pass breaks (its issue 6035)."
-    def broken(m): return isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) != m.stride and m.in_channels < 16
-    return torch.contiguous_format if any(map(broken, model.modules())) else torch.channels_last
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    broken = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16 for m in convs)
+    return torch.contiguous_format if broken else torch.channels_last
 
 class TinyBatchCB(Callback):
     "Size of the epoch, augmentation in training, floats around zero."
@@ -144,7 +146,7 @@ def top1(
     yb,     # N labels, or NxC shares of several
 ):          # scalar tensor in [0,1]
     "How often the largest score is that of the (main) label."
-    return (preds.argmax(1) == (yb.argmax(1) if yb.ndim > 1 else yb)).float().mean()
+    return accuracy(preds, yb.argmax(1) if yb.ndim > 1 else yb)
 
 def cross_entropy(
     preds,  # NxC scores
@@ -227,7 +229,8 @@ def keep_tiny(
     last, sched = cbs['MetricsCB']['rows'][-1], cbs['BatchSchedCB']
     if (done := sched['last_epoch']) < (of := sched['total_steps']):
         raise ValueError(f'{Path(checkpoint).name} is of a run that stopped after {done} of {of} batches; let it go on first')
-    facts = dict(cbs['TinyBatchCB'], net=net, width=width, machine=machine(), accuracy=last['top1'], cross_entropy=last['cross_entropy'],
+    facts = dict(cbs['TinyBatchCB'], net=net, width=width, machine=machine(),
+                 accuracy=last['top1'], cross_entropy=last['cross_entropy'],
                  accuracy_of='last epoch, validation set')
     if 'RunCB' in cbs: facts['seconds'] = round(cbs['RunCB']['seconds'])
     return save_classifier(model, path, **facts, **card)

@@ -18,7 +18,7 @@ PASSED = '\0passed'   # the last word of a notebook's process
 HALF = str(max(1, (os.cpu_count() or 2)//2))   # threads for each of two jobs
 LIMIT = float(os.environ.get('COURSE_TEST_LIMIT') or 300)
 # Importing torch and the rest takes seconds: once, in a server; each notebook is a fork of it.
-FORKS = get_context('forkserver' if sys.platform == 'linux' else 'spawn')   # elsewhere a fork is not safe
+CONTEXT = get_context('forkserver' if sys.platform == 'linux' else 'spawn')   # elsewhere a fork is not safe
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def run_notebook(path, env, root, limit=LIMIT):
     "(name, seconds, what went wrong or '')."
     start = time.time()
     with tempfile.NamedTemporaryFile('w+', encoding='utf-8', errors='replace') as log:
-        proc = FORKS.Process(target=one_notebook, args=(path, env, root, log.name))
+        proc = CONTEXT.Process(target=one_notebook, args=(path, env, root, log.name))
         RUNNING.add(proc)
         try:
             proc.start()
@@ -97,7 +97,7 @@ def run_notebooks(names=(), root=ROOT, limit=LIMIT):
     paths = [p for p in reversed(checks.notebooks(root)) if not names or p.stem in names]
     with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(2) as pool:
         env = offline(tmp, OMP_NUM_THREADS=HALF, PYTHONPATH=str(root))
-        FORKS.set_forkserver_preload(['nbdev.test', 'torch._dynamo', *checks.what_modules_import(root)])
+        CONTEXT.set_forkserver_preload(['nbdev.test', 'torch._dynamo', *checks.what_modules_import(root)])
         try:
             with environment(env): results = list(pool.map(lambda p: run_notebook(p, env, root, limit), paths))
         except KeyboardInterrupt:
