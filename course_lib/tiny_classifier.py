@@ -50,10 +50,11 @@ def tiny_res(
     block=ResBlock,  # or PreActBlock
     drop=.1,         # share of the pooled features that dropout hides
     n_classes=200,
+    stride=1,        # of the stem; 2 halves the picture there already
 ) -> nn.Sequential:
     "A stem with a 5x5 kernel, stages of residual blocks, pooling, dropout, a linear layer."
     nfs, pre = [width << i for i in range(len(n_blocks) + 1)], getattr(block, 'pre_act', False)
-    stem = nn.Conv2d(3, width, 5, padding=2, bias=False) if pre else conv(3, width, 5)
+    stem = nn.Conv2d(3, width, 5, stride, padding=2, bias=False) if pre else conv(3, width, 5, stride)
     layers = OrderedDict(stem=stem)
     for i, (n, (ni, nf)) in enumerate(zip(n_blocks, pairwise(nfs), strict=True)):
         layers[f'stage{i + 1}'] = res_blocks(n, ni, nf, 2, block)
@@ -63,6 +64,7 @@ def tiny_res(
 
 # %% ../nbs/52_tiny_classifier.ipynb #20b15637
 TINY_NETS = dict(vgg=tiny_vgg, small=partial(tiny_res, (1, 2, 1)),
+                 compact=partial(tiny_res, (2, 3), width=64, stride=2),
                  basic=partial(tiny_res, (1, 1, 1, 1, 1)), deeper=partial(tiny_res, (3, 2, 2, 1, 1)),
                  preact=partial(tiny_res, (4, 3, 3, 2, 1), block=PreActBlock),
                  record=partial(tiny_res, (3, 3, 2, 2, 1), block=PreActBlock))
@@ -111,6 +113,7 @@ def safe_layout(
     broken = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16 for m in convs)
     return torch.contiguous_format if broken else torch.channels_last
 
+# %% ../nbs/52_tiny_classifier.ipynb #643f73b1
 class TinyBatchCB(Callback):
     "Size of the epoch, augmentation in training, floats around zero."
     order = -5   # as BatchTransformCB: after the batch is on its device
@@ -210,6 +213,7 @@ def train_tiny(
 # %% ../nbs/52_tiny_classifier.ipynb #ed818748
 _full = dict(bs=512, wd=.01, smoothing=0., erase=True, grow=False)
 TINY_PRESETS = {'vgg': {}, 'small': dict(net='small', n_epochs=11, lr=6e-3, wd=.04),
+                'compact': dict(net='compact', n_epochs=15, lr=6e-3, wd=.05),
                 'basic': dict(net='basic', n_epochs=25, lr=.1, **_full),
                 'deeper': dict(net='deeper', n_epochs=25, lr=.03, **_full),
                 'preact': dict(net='preact', n_epochs=50, lr=.1, augment='trivial', **_full),
