@@ -35,6 +35,8 @@ def _check_pad(pad, h, w):
     if not 0 <= pad < min(h, w):
         raise ValueError(f'pad should be 0 to {min(h, w) - 1} for {h}x{w} pixels; got {pad}')
 
+def _beside(o, x): return o.to(x.device, non_blocking=x.is_cuda)   # Python goes on while a GPU works
+
 def pad_crop(
     x,                # NxCxHxW, any type
     pad=4,            # pixels on each side, fewer than the picture has
@@ -45,7 +47,7 @@ def pad_crop(
     n, _, h, w = x.shape
     _check_pad(pad, h, w)
     windows = F.pad(x, [pad] * 4, mode).unfold(2, h, 1).unfold(3, w, 1)   # N C places places H W
-    top, left = torch.randint(2 * pad + 1, (2, n)).to(x.device)
+    top, left = _beside(torch.randint(2 * pad + 1, (2, n)), x)
     return windows[torch.arange(n, device=x.device), :, top, left]
 
 # %% ../nbs/51_augment.ipynb #054274d7
@@ -56,7 +58,7 @@ def flip(
     "Mirror some of the pictures."
     _check_batch(x)
     _check_share('p', p)
-    chosen = (torch.rand(len(x)) < p).nonzero().flatten().to(x.device)
+    chosen = _beside((torch.rand(len(x)) < p).nonzero().flatten(), x)
     return x.index_copy(0, chosen, x.index_select(0, chosen).flip(-1))
 
 # %% ../nbs/51_augment.ipynb #67bbb872
@@ -66,7 +68,7 @@ def normalise(
     std,   # of each channel
 ) -> torch.Tensor:  # float32
     "Bytes to floats around zero."
-    mean, std = (torch.tensor(o, device=x.device).view(-1, 1, 1) for o in (mean, std))
+    mean, std = (_beside(torch.as_tensor(o, dtype=torch.float32), x).view(-1, 1, 1) for o in (mean, std))
     return x.to(torch.float32, copy=True).sub_(255 * mean).div_(255 * std)
 
 # %% ../nbs/51_augment.ipynb #46185a44
@@ -78,24 +80,28 @@ def box_pixels(
     n, h, w,    # pictures, their height and width
     pct=.2,     # a box's height and width, as shares of the picture's
     max_num=4,  # boxes in a picture: 0 to this many
-):              # (item, row, column): indices that broadcast to BOXES x height x width
-    "The pixels of random boxes, all inside their pictures."
+) -> list:      # of (item, row, column): indices that broadcast to PICTURES x height x width
+    "The pixels of random boxes, all inside their pictures: everybody's first box, everybody's second ..."
     _check_share('pct', pct)
     if max_num < 0: raise ValueError(f'max_num should be 0 or more; got {max_num}')
-    item = torch.arange(n).repeat_interleave(torch.randint(max_num + 1, (n,)))
-    return item[:, None, None], *_rows_cols(len(item), h, w, int(h * pct), int(w * pct))
+    count, size = torch.randint(max_num + 1, (n,)), (int(h * pct), int(w * pct))
+    items = [(count > k).nonzero().flatten() for k in range(max_num)]
+    return [(item[:, None, None], *_rows_cols(len(item), h, w, *size)) for item in items]
 
 # %% ../nbs/51_augment.ipynb #779cdeab
-def _noise_like(x, *shape):
+def _noise_like(x):
+    "A function from shapes to noise with the statistics of x."
     x = x.float()
-    mean = x.mean()
+    mean, (low, high) = x.mean(), torch.aminmax(x)
     std = (torch.linalg.vector_norm(x)**2 / x.numel() - mean**2).clamp(min=0).sqrt()
-    return (torch.randn(*shape, device=x.device) * std + mean).clamp(*torch.aminmax(x))
+    return lambda *shape: (torch.randn(*shape, device=x.device) * std + mean).clamp(low, high)
 
 def _erase_(x, pct=.2, max_num=4):
-    item, row, col = (o.to(x.device) for o in box_pixels(len(x), *x.shape[-2:], pct, max_num))
-    noise = _noise_like(x, len(item), row.shape[1], col.shape[2], x.shape[1])
-    x[item, :, row, col] = noise.to(x.dtype)
+    if not len(x): return x   # nothing has no statistics
+    noise = _noise_like(x)
+    for pixels in box_pixels(len(x), *x.shape[-2:], pct, max_num):
+        item, row, col = (_beside(o, x) for o in pixels)
+        x[item, :, row, col] = noise(len(item), row.shape[1], col.shape[2], x.shape[1]).to(x.dtype)
     return x
 
 def random_erase(
@@ -107,7 +113,7 @@ def random_erase(
     _check_batch(x)
     if not x.is_floating_point():
         raise TypeError(f'random_erase needs normalised floats; got {x.dtype}')
-    return _erase_(x.clone(), pct, max_num) if len(x) else x.clone()
+    return _erase_(x.clone(), pct, max_num)
 
 # %% ../nbs/51_augment.ipynb #772bd234
 def random_copy(
@@ -117,12 +123,11 @@ def random_copy(
 ):
     "Cover boxes of each picture with other parts of the same picture."
     _check_batch(x)
-    h, w = x.shape[-2:]
-    item, row, col = box_pixels(len(x), h, w, pct, max_num)
-    source = _rows_cols(len(item), h, w, row.shape[1], col.shape[2])
-    item, row, col, from_row, from_col = (o.to(x.device) for o in (item, row, col, *source))
-    out = x.clone()
-    out[item, :, row, col] = x[item, :, from_row, from_col]
+    (h, w), out = x.shape[-2:], x.clone()
+    for item, row, col in box_pixels(len(x), h, w, pct, max_num):
+        source = _rows_cols(len(item), h, w, row.shape[1], col.shape[2])
+        item, row, col, from_row, from_col = (_beside(o, x) for o in (item, row, col, *source))
+        out[item, :, row, col] = x[item, :, from_row, from_col]
     return out
 
 # %% ../nbs/51_augment.ipynb #3b47ab8c
@@ -163,7 +168,7 @@ def move(
     levels,  # N integers, -30 to 30
 ):
     "Shear, translate or turn each picture by its own level; black comes in."
-    maps = source_maps(name, *x.shape[-2:], x.device)[(levels + 30).to(x.device)]
+    maps = source_maps(name, *x.shape[-2:], x.device)[_beside(levels + 30, x)]
     black_first = F.pad(x.flatten(2), (1, 0))   # so that the pixels count from 1
     return black_first.gather(2, maps[:, None].long().expand(-1, x.shape[1], -1)).view_as(x)
 
@@ -175,7 +180,7 @@ def _fused_add(a, b, alpha):
 
 def _ratios(name, x, levels):
     r = 1 + magnitude(name, levels)
-    return [o.float().to(x.device).view(-1, 1, 1, 1) for o in (r, 1 - r)]
+    return [_beside(o.float(), x).view(-1, 1, 1, 1) for o in (r, 1 - r)]
 
 def _grey(x):
     if x.shape[1] == 1: return x.float()
@@ -213,11 +218,11 @@ def sharpness(x, levels):
 def posterize(x, levels):
     "Keep the upper 8 to 2 bits."
     lost = 8 - magnitude('Posterize', levels).round()
-    return x & (256 - 2**lost).to(torch.uint8).to(x.device).view(-1, 1, 1, 1)
+    return x & _beside((256 - 2**lost).to(torch.uint8), x).view(-1, 1, 1, 1)
 
 def solarize(x, levels):
     "The negative of values from a threshold on."
-    threshold = (255 * magnitude('Solarize', levels)).float().to(x.device)
+    threshold = _beside((255 * magnitude('Solarize', levels)).float(), x)
     return torch.where(x >= threshold.view(-1, 1, 1, 1), 255 - x, x)
 
 def autocontrast(x, levels=None):
@@ -273,10 +278,10 @@ def trivial_augment(
     ops, levels = draw_trivial(len(x)) if draw is None else draw
     if len(ops) != len(x): raise ValueError(f'a draw for each of {len(x)} pictures; got {len(ops)}')
     order, counts = ops.argsort(), ops.bincount(minlength=len(OPS)).tolist()
-    parts = x.index_select(0, order.to(x.device)).split(counts)
+    parts = x.index_select(0, _beside(order, x)).split(counts)
     todo = zip(OPS.values(), parts, levels[order].split(counts))
     done = [op(part, own) if len(part) else part for op, part, own in todo]
-    return torch.cat(done).index_select(0, order.argsort().to(x.device))
+    return torch.cat(done).index_select(0, _beside(order.argsort(), x))
 
 # %% ../nbs/51_augment.ipynb #05fb4af6
 def augment_batch(
@@ -378,7 +383,7 @@ def tta(
 
 # %% ../nbs/51_augment.ipynb #96f2fd43
 def same_draw(
-    tfm,       # batch -> batch, with random draws
+    tfm,       # batch -> batch; places, coins and operations are drawn alike, noise only for equal channels
     *batches,  # NxCxHxW each, alike in N, H and W; types and channels may differ
 ) -> list:     # the transformed batches
     "Apply a random function to several batches with the same random numbers."

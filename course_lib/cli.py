@@ -367,9 +367,10 @@ def state(name):
 
 def data(args):
     "List the files that the course can fetch, with size and licence; or fetch one."
-    from course_lib.data import fetch, registry
-    import course_lib.features, course_lib.tiny_imagenet   # register what they need
-    if args.name: print(fetch(args.name))
+    from course_lib.data import registry
+    from course_lib.tiny_imagenet import fetch_resumed
+    import course_lib.features   # registers what it needs, as the line before does
+    if args.name: print(fetch_resumed(args.name))
     for name, f in sorted(registry().items()) if not args.name else ():
         print(f'{state(name):8}{human(f.size):>9}  {name}  ({f.licence}{"; " + f.note if f.note else ""})')
     return 0
@@ -388,12 +389,13 @@ def bench(args):
     from course_lib.augment import bench_augment
     from course_lib.core import default_device, tune_malloc
     from course_lib.tiny_imagenet import tiny_ds
-    if min(args.n, args.rounds) < 1: raise ValueError(f'--n and --rounds must be at least 1; got {args.n} and {args.rounds}')
+    counts = args.n, args.rounds, args.bs
+    if min(counts) < 1: raise ValueError(f'--n, --rounds and --bs must be at least 1; got {counts}')
     tune_malloc()
     ds, device = tiny_ds('train'), default_device()
     ims = ds.ims[torch.linspace(0, len(ds) - 1, min(args.n, len(ds))).long()].contiguous()
-    print(f'{len(ims):,} pictures: {ds.source}; {args.rounds} rounds; batches on {device.type}, {torch.get_num_threads()} threads', flush=True)
-    rates = bench_augment(ims, args.rounds, num_workers=args.workers, device=device)
+    print(f'{len(ims):,} pictures: {ds.source}; {args.rounds} rounds; batches of {args.bs} on {device.type}, {torch.get_num_threads()} threads', flush=True)
+    rates = bench_augment(ims, args.rounds, args.bs, args.workers, device)
     first = next(iter(rates.values()))
     for name, r in rates.items():
         times = median(b / a for a, b in zip(first, r))
@@ -420,6 +422,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('what', choices=('data',), help='data: TrivialAugment, crop, flip and erase, item by item with PIL, and in batches')
     p.add_argument('--n', type=int, default=8192, help='pictures in each round')
     p.add_argument('--rounds', type=int, default=7, help='passes over them, in turn')
+    p.add_argument('--bs', type=int, default=256, help='pictures in a batch; a GPU may like more')
     p.add_argument('--workers', type=int, default=2, help='processes of the usual loader; the other has none')
     style_options(command(style))
     return top

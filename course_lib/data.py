@@ -339,7 +339,13 @@ class TensorLoader:
         if len(lengths) != 1 or 0 in lengths: raise ValueError(f'TensorLoader needs tensors of one length, above 0; got {[len(t) for t in tensors]}')
         self.tensors, self.bs, self.shuffle, self.generator = tensors, bs, shuffle, generator
     def __len__(self): return -(-len(self.tensors[0]) // self.bs)   # rounded up
-    def __iter__(self):
+    def places(self):
+        "Yield the places of each batch's items; in a new order if shuffled."
         n = len(self.tensors[0])
-        places = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
-        for chunk in places.split(self.bs): yield tuple(t[chunk] for t in self.tensors)
+        order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
+        yield from order.split(self.bs)
+    def batch(self, places):
+        "The items at these places."
+        return tuple(t[places.to(t.device, non_blocking=t.is_cuda)] for t in self.tensors)
+    def __iter__(self):
+        for places in self.places(): yield self.batch(places)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY_NETS', 'GROWTH', 'AUGMENT', 'MIX', 'TINY_PRESETS', 'tiny_vgg', 'tiny_res', 'tiny_net', 'side_at', 'resize_bytes',
-           'crop_flip', 'safe_layout', 'TinyBatchCB', 'top1', 'cross_entropy', 'tiny_dls', 'train_tiny', 'keep_tiny',
-           'load_tiny']
+           'crop_flip', 'half_trivial', 'safe_layout', 'TinyBatchCB', 'top1', 'cross_entropy', 'tiny_dls', 'train_tiny',
+           'keep_tiny', 'load_tiny']
 
 # %% ../nbs/52_tiny_classifier.ipynb #6f85a98d
 from collections import OrderedDict
@@ -65,6 +65,7 @@ def tiny_res(
 # %% ../nbs/52_tiny_classifier.ipynb #20b15637
 TINY_NETS = dict(vgg=tiny_vgg, small=partial(tiny_res, (1, 2, 1)),
                  compact=partial(tiny_res, (2, 3), width=64, stride=2),
+                 compact_preact=partial(tiny_res, (2, 3), width=64, stride=2, block=PreActBlock),
                  basic=partial(tiny_res, (1, 1, 1, 1, 1)), deeper=partial(tiny_res, (3, 2, 2, 1, 1)),
                  preact=partial(tiny_res, (4, 3, 3, 2, 1), block=PreActBlock),
                  record=partial(tiny_res, (3, 3, 2, 2, 1), block=PreActBlock))
@@ -100,7 +101,12 @@ def resize_bytes(
 # %% ../nbs/52_tiny_classifier.ipynb #77a9c69b
 def crop_flip(x): return flip(pad_crop(x, 4, 'reflect'))
 
-AUGMENT = dict(none=lambda x: x, light=crop_flip, trivial=lambda x: crop_flip(trivial_augment(x)))
+def half_trivial(x):
+    "TrivialAugment for the first half of a batch: chance decides who is in it."
+    return torch.cat([trivial_augment(x[:len(x) // 2]), x[len(x) // 2:]])
+
+AUGMENT = dict(none=lambda x: x, light=crop_flip, half=lambda x: crop_flip(half_trivial(x)),
+               trivial=lambda x: crop_flip(trivial_augment(x)))
 MIX = dict(none=lambda *batch: batch, mixup=v2.MixUp(alpha=.2, num_classes=200),
            cutmix=v2.CutMix(num_classes=200))
 
@@ -188,6 +194,7 @@ def train_tiny(
     erase=False,           # random boxes of noise
     grow=True,             # small pictures first, see GROWTH
     n_items=None,          # use so many pictures only; None: all
+    compiled=False,        # torch.compile the network? Takes a minute or more, and a C++ compiler; for long runs
     mixed_precision='no',  # as for `AccelerateCB`
     seed=42,               # of weights, order and augmentation
     cbs=(),                # more callbacks
@@ -199,6 +206,7 @@ def train_tiny(
     tune_malloc()
     model, (mean, std) = tiny_net(net, width), tiny_stats()
     model = model.to(memory_format=safe_layout(model))
+    if compiled: model.compile(dynamic=True)   # in place: the names of the weights stay; for all sizes at once
     dls = tiny_dls(bs, n_items)
     batches = TinyBatchCB(mean.tolist(), std.tolist(), augment, mix, erase, grow)
     sched = partial(OneCycleLR, max_lr=lr, total_steps=n_epochs * len(dls.train))
@@ -214,6 +222,7 @@ def train_tiny(
 _full = dict(bs=512, wd=.01, smoothing=0., erase=True, grow=False)
 TINY_PRESETS = {'vgg': {}, 'small': dict(net='small', n_epochs=11, lr=6e-3, wd=.04),
                 'compact': dict(net='compact', n_epochs=15, lr=6e-3, wd=.05),
+                'two-hours': dict(net='compact_preact', n_epochs=30, lr=6e-3, wd=.05, augment='half'),
                 'basic': dict(net='basic', n_epochs=25, lr=.1, **_full),
                 'deeper': dict(net='deeper', n_epochs=25, lr=.03, **_full),
                 'preact': dict(net='preact', n_epochs=50, lr=.1, augment='trivial', **_full),

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'WEAVES', 'TINY_ZIP', 'DAMAGED', 'TINY_SIZES', 'SHAPE', 'PICTURE', 'PART', 'VERSION', 'STORE', 'micro_name',
-           'draw_class', 'write_micro', 'fetch_resumed', 'unpack', 'TinyFiles', 'TinyIndex', 'check_structure',
+           'draw_class', 'write_micro', 'fetch_resumed', 'unpack_zip', 'TinyFiles', 'TinyIndex', 'check_structure',
            'decode_tiny', 'Part', 'decode_part', 'decode_store', 'TinyPictures', 'open_store', 'tiny_source',
            'store_path', 'tiny_ds', 'channel_stats', 'tiny_stats']
 
 # %% ../nbs/50_tiny_imagenet.ipynb #33a18b8c
 import errno, json, os, shutil, signal, sys, zipfile, zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,18 +137,22 @@ def _append(part, url, file, progress):
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
         r.raise_for_status()
         if r.status_code != 206: have = 0   # a server that can't send the rest sends all of it
+        whole = have + int(r.headers.get('Content-Length', file.size - have))
+        if whole != file.size: raise ValueError(f'{file.name} should have {file.size:,} bytes; {whole:,} are offered')
         bar = tqdm(desc=file.name, total=file.size, initial=have, unit='B', unit_scale=True,
                    disable=not progress)
         with open(part, 'ab' if have else 'wb') as f, bar:
             for chunk in r.iter_content(2**12): bar.update(f.write(chunk))
 
+def _part(file): return file.path.with_name(f'.{file.path.name}.part')
+
 def _complete(url, file, progress):
-    part = file.path.with_name(f'.{file.path.name}.part')
+    part = _part(file)
     part.parent.mkdir(parents=True, exist_ok=True)
     if not part.exists() or part.stat().st_size < file.size: _append(part, url, file, progress)
     try: check_file(part, file)
     except ValueError:
-        if part.stat().st_size >= file.size: part.unlink()   # wrong, and no rest could mend it
+        part.unlink()   # it came to its end and is wrong: no rest could mend it
         raise
     os.replace(part, file.path)
 
@@ -165,9 +170,9 @@ def fetch_resumed(
             return find(name)
         except (requests.RequestException, ValueError) as e:
             tried.append(f'{url} ({e if isinstance(e, ValueError) else type(e).__name__})')
+    kept = 'What has come is kept, and the next call goes on from there. ' if _part(file).exists() else ''
     raise FetchError(f"{name} ({file.size / 1e6:.1f} MB) could not be fetched whole "
-                     f"from {' or '.join(tried)}; "
-                     f'what has come is kept, and the next call goes on from there. '
+                     f"from {' or '.join(tried) or 'anywhere'}. {kept}"
                      f'If you have the file elsewhere, put it at {file.path}')
 
 # %% ../nbs/50_tiny_imagenet.ipynb #79a08bfa
@@ -183,7 +188,7 @@ def _open_zip(path):
 def _escapes(name):
     return name.startswith('/') or '\\' in name or ':' in name or '..' in name.split('/')
 
-def unpack(
+def unpack_zip(
     archive,  # a zip file in which everything lies in one folder
     folder,   # what that folder becomes; it must not exist yet
 ) -> Path:    # the folder
@@ -258,8 +263,17 @@ def _few(names, n=3):
     names = sorted(names)
     return ', '.join(names[:n]) + (f' and {len(names) - n:,} more' if len(names) > n else '')
 
+def _pairs(files, name):
+    rows = [line.split('\t')[:2] for line in files.lines(name)]
+    for i, row in enumerate(rows, 1):
+        if len(row) < 2: raise ValueError(f'{files.path.name}, {name}, line {i} needs a tab; it is {row[0]!r}')
+    if twice := [key for key, n in Counter(key for key, _ in rows).items() if n > 1]:
+        raise ValueError(f'{files.path.name}, {name} has more than one line for {_few(twice)}')
+    return dict(rows)
+
 def _faults(present, wnids, words, labels, sizes, skip):
     n = len(set(wnids))
+    if n != len(wnids): return [f'wnids.txt names a class more than once, in {len(wnids)} lines for {n}']
     if n != sizes[0]: return [f'wnids.txt should name {sizes[0]} classes; it names {n}']
     expected = _expected(wnids, sizes) - set(skip)
     shown = {Path(n).name for n in expected if n.startswith('val/')}
@@ -278,8 +292,7 @@ def check_structure(
     "Find out whether all files are there, and label them."
     files = source if isinstance(source, TinyFiles) else TinyFiles(source)
     wnids, present = files.lines('wnids.txt'), set(files.jpegs())
-    words = dict(line.split('\t')[:2] for line in files.lines('words.txt'))
-    labels = dict(line.split('\t')[:2] for line in files.lines('val/val_annotations.txt'))
+    words, labels = _pairs(files, 'words.txt'), _pairs(files, 'val/val_annotations.txt')
     if faults := _faults(present, wnids, words, labels, sizes, skip):
         raise ValueError(f'{files.path.name} is not as it should be. ' + '; '.join(faults))
     number = {w: i for i, w in enumerate(wnids)}
@@ -351,7 +364,8 @@ def _is_done(part, folder):
     with open(Path(folder)/f'{part.split}.u8', 'rb') as f:   # is what the note says still there?
         f.seek(part.start * PICTURE)
         crc = zlib.crc32(f.read(len(part.files) * PICTURE))
-    return json.loads(part.note(folder).read_text()) == dict(crc=crc, names=_names_crc(part))
+    try: return json.loads(part.note(folder).read_text()) == dict(crc=crc, names=_names_crc(part))
+    except ValueError: return False   # a power cut can leave a file that is no JSON
 
 def _todo(index, folder): return [p for p in _split(index) if not _is_done(p, folder)]
 
@@ -434,6 +448,7 @@ def decode_store(
     store, files = Path(store), TinyFiles(source)
     if store.exists(): raise FileExistsError(f'{store} exists already; delete it to decode anew')
     index, aside = check_structure(files, sizes, skip), store.with_name(store.name + '.partial')
+    if store.exists(): return store   # another process was quicker
     store.parent.mkdir(parents=True, exist_ok=True)
     n, todo = len(index.train) + len(index.valid), _todo(index, aside)
     bar = tqdm(desc='decoding', total=n, initial=n - _count(todo), disable=not progress)
@@ -442,10 +457,12 @@ def decode_store(
         with bar: bad = _work_off(files, todo, aside, procs or os.cpu_count(), bar)
         if not bad: return _finish(aside, store, index, what)
     except OSError as e:
-        if (store/'store.json').exists(): return store   # another process was quicker
+        if (store/'store.json').exists():   # another process was quicker
+            shutil.rmtree(aside, ignore_errors=True)
+            return store
         raise _disk_full(aside, todo) if e.errno == errno.ENOSPC else e
-    raise ValueError(f'{len(bad)} of {n:,} pictures are unusable: {_few(bad)}. '
-                     'Replace them, or name them in skip to go on without them')
+    raise ValueError(f'{len(bad)} of {n:,} pictures are unusable: {_few(bad, 100)}. '
+                     'Replace them, or name them in skip of decode_store to go on without them')
 
 # %% ../nbs/50_tiny_imagenet.ipynb #11a73297
 class TinyPictures:
@@ -537,7 +554,9 @@ def tiny_ds(
     store = store_path()
     if store.exists(): return open_store(store)[split]
     if (source := tiny_source()) is None: return _micro()[split]
-    return open_store(decode_store(source, store))[split]
+    try: decode_store(source, store)
+    except FileExistsError: pass   # another process was quicker
+    return open_store(store)[split]
 
 # %% ../nbs/50_tiny_imagenet.ipynb #bf83e626
 def channel_stats(
@@ -546,7 +565,7 @@ def channel_stats(
     "Exact mean and deviation of each channel."
     chunks, value = ims.split(1000), torch.arange(256)   # a copy of the whole would not fit everywhere
     def count(c): return sum(torch.bincount(o[:, c].flatten(), minlength=256) for o in chunks)
-    counts = torch.stack([count(c) for c in range(3)])
+    counts = torch.stack([count(c) for c in range(3)]).cpu()
     n, total, squares = counts.sum(1), counts @ value, counts @ value**2   # integers
     mean = total.double() / n
     return (mean / 255).float(), ((squares.double() / n - mean**2).sqrt() / 255).float()

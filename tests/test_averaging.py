@@ -23,6 +23,7 @@ from course_lib.data import DataLoaders, TensorLoader
 from course_lib.learner import Callback, Learner, TrainCB
 from killed_run import checkpoint, pause, result, x, y
 
+
 class SlowCB(Callback):
     def after_batch(self, learn):
         if learn.training: time.sleep(pause)

@@ -1,4 +1,5 @@
 "The classifier of Tiny ImageNet: a run that was broken off goes on, what is kept is what was trained, what can't be is refused."
+from functools import partialmethod
 from inspect import signature
 
 import pytest
@@ -82,6 +83,26 @@ def test_the_courses_own_network_is_what_its_card_says():
 def test_every_net_takes_every_size_of_the_growth(net):
     model = tiny_net(net, 3).eval()
     with torch.no_grad(): assert {model(torch.rand(2, 3, side, side)).shape for side in (40, 52, 64)} == {(2, 200)}
+
+
+def test_a_compiled_run_is_the_same_run(monkeypatch, tmp_path):
+    "With the backend that writes no C++: what is tested is that settings, sizes and checkpoints go through."
+    graphs, plain = [], train_tiny(**SMALL)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, 'compile', partialmethod(torch.nn.Module.compile, backend=backend))
+    compiled = train_tiny(tmp_path/'checkpoint.safetensors', compiled=True, **SMALL)
+    assert graphs and rows(compiled) == rows(plain)
+    again = train_tiny(tmp_path/'checkpoint.safetensors', **SMALL)   # a network that is not compiled reads it
+    assert rows(again) == rows(plain)
+
+
+def test_half_of_a_batch_gets_trivial_augment():
+    xb = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    out = tiny.half_trivial(xb)
+    assert torch.equal(out[32:], xb[32:]) and not torch.equal(out[:32], xb[:32])
+    assert tiny.half_trivial(xb[:1]).shape == (1, 3, 8, 8)   # half of one is none
 
 
 def test_presets_name_settings_that_exist():

@@ -78,6 +78,7 @@ def test_a_whole_set(micro):
     assert all(index.wnids[y] == f.split('/')[1] for f, y in index.train) and all(index.wnids[y] == labels[Path(f).name] for f, y in index.valid)
 
 def drop(path): path.unlink()
+def add(path, text): path.write_text(path.read_text() + text)
 def edit(path, old, new): path.write_text(path.read_text().replace(old, new, 1))
 
 @pytest.mark.parametrize('spoil, said', [
@@ -90,6 +91,10 @@ def edit(path, old, new): path.write_text(path.read_text().replace(old, new, 1))
     (lambda m: edit(m/'val/val_annotations.txt', 'n9000000', 'n8000000'), 'val_annotations.txt that wnids.txt lacks: n8000000'),
     (lambda m: edit(m/'words.txt', 'n90000001', 'n70000001'), 'without a name in words.txt: n90000001'),
     (lambda m: (m/'wnids.txt').write_text('n90000000\n'), 'wnids.txt should name 3 classes; it names 1'),
+    (lambda m: add(m/'wnids.txt', 'n90000000\n'), 'wnids.txt names a class more than once, in 4 lines for 3'),
+    (lambda m: add(m/'val/val_annotations.txt', 'val_9'), "val_annotations.txt, line 6 needs a tab; it is 'val_9'"),
+    (lambda m: add(m/'val/val_annotations.txt', '\n'), "val_annotations.txt, line 6 needs a tab; it is ''"),
+    (lambda m: add(m/'words.txt', 'n90000001\tagain\n'), 'words.txt has more than one line for n90000001'),
     (lambda m: drop(m/'wnids.txt'), 'has no file wnids.txt'), (lambda m: drop(m/'words.txt'), 'has no file words.txt'),
     (lambda m: drop(m/'val/val_annotations.txt'), 'has no file val/val_annotations.txt')])
 def test_spoilt_sets(micro, spoil, said):
@@ -108,7 +113,7 @@ def test_no_source(tmp_path):
 def test_truncated_zip(micro, share):
     path = zipped(micro)
     path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
-    for use in (partial(tiny.decode_store, store=micro.parent/'store', **quiet), partial(tiny.unpack, folder=micro.parent/'out')):
+    for use in (partial(tiny.decode_store, store=micro.parent/'store', **quiet), partial(tiny.unpack_zip, folder=micro.parent/'out')):
         with pytest.raises(ValueError, match=r'micro.zip is no whole zip file.* bytes'): use(path)
     assert left(micro.parent) == [] and not (micro.parent/'out').exists()
 
@@ -118,7 +123,7 @@ def test_a_damaged_member_is_named(micro):
     at = whole.index(jpeg) + len(jpeg) // 2
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:])
     with pytest.raises(ValueError, match=f'1 of 23 pictures are unusable: {VICTIM} is damaged'): tiny.decode_store(path, micro.parent/'store', **quiet)
-    with pytest.raises(ValueError, match='micro.zip is damaged'): tiny.unpack(path, micro.parent/'out')
+    with pytest.raises(ValueError, match='micro.zip is damaged'): tiny.unpack_zip(path, micro.parent/'out')
     assert not (micro.parent/'out').exists() and not list(micro.parent.glob('.unpack*'))
 
 @pytest.mark.parametrize('name', ['../evil', '/evil', 'a/../../evil', 'C:/evil', 'a\\..\\evil'])
@@ -127,13 +132,13 @@ def test_path_escape(tmp_path, name):
         z.writestr('a/good', 'good')
         z.writestr(name, 'evil')
     (tmp_path/'sub').mkdir()
-    with pytest.raises(ValueError, match='would write outside its folder'): tiny.unpack(tmp_path/'x.zip', tmp_path/'sub/out')
+    with pytest.raises(ValueError, match='would write outside its folder'): tiny.unpack_zip(tmp_path/'x.zip', tmp_path/'sub/out')
     assert list((tmp_path/'sub').iterdir()) == [] and [p.name for p in tmp_path.rglob('*evil*')] == []
 
 @pytest.mark.parametrize('kind', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_folder_and_archive_give_the_same(micro, kind, small_parts):
     path = zipped(micro, kind)
-    out = tiny.unpack(path, micro.parent/'out')
+    out = tiny.unpack_zip(path, micro.parent/'out')
     stores = [tiny.decode_store(source, micro.parent/f'store{i}', procs=procs, **quiet) for i, (source, procs) in enumerate([(micro, 1), (path, 1), (out, 2), (path, 3)])]
     assert len(content(stores[0])) == 3 and all(content(o) == content(stores[0]) for o in stores[1:])
 
@@ -157,7 +162,7 @@ def test_grey_pictures_become_rgb(micro):
 def test_a_picture_that_does_not_decode(micro, bad, said, procs, small_parts):
     whole, store = (micro/VICTIM).read_bytes(), micro.parent/'store'
     (micro/VICTIM).write_bytes(bad(whole))
-    with pytest.raises(ValueError, match=f'1 of 23 pictures are unusable: {VICTIM} {said}.*name them in skip'): tiny.decode_store(micro, store, procs=procs, **quiet)
+    with pytest.raises(ValueError, match=f'1 of 23 pictures are unusable: {VICTIM} {said}.*name them in skip of decode_store'): tiny.decode_store(micro, store, procs=procs, **quiet)
     assert left(micro.parent) == ['store.partial']
     (micro/VICTIM).write_bytes(whole)   # replaced: the run goes on
     assert len(tiny.open_store(tiny.decode_store(micro, store, **quiet), whole=True)['train']) == 18 and left(micro.parent) == ['store']
@@ -169,6 +174,12 @@ def test_going_on_without_it_when_asked(micro, small_parts):
     drop(micro/VICTIM)
     alone = tiny.open_store(tiny.decode_store(micro, micro.parent/'store2', skip=[VICTIM], **quiet), whole=True)
     assert len(ds['train']) == 17 and len(ds['valid']) == 5 and torch.equal(ds['train'].ims, alone['train'].ims) and torch.equal(ds['train'].labels, alone['train'].labels)
+
+def test_all_that_do_not_decode_are_named_at_once(micro):
+    victims = [f'train/n9000000{c}/images/n9000000{c}_{i}.JPEG' for c in range(3) for i in (1, 4)]
+    for v in victims: (micro/v).write_bytes(b'')
+    with pytest.raises(ValueError, match='6 of 23 pictures are unusable') as e: tiny.decode_store(micro, micro.parent/'store', **quiet)
+    assert all(v in str(e.value) for v in victims)
 
 def test_wrong_size(micro):
     Image.new('RGB', (32, 64)).save(micro/VICTIM, format='JPEG')
@@ -234,6 +245,26 @@ def test_a_note_without_its_pictures_does_not_count(micro, small_parts, monkeypa
     monkeypatch.setattr(tiny, '_finish', finish)
     tiny.open_store(tiny.decode_store(micro, store, **quiet), whole=True)
 
+def test_another_was_quicker_while_this_one_looked(micro, monkeypatch):
+    "It finishes in between: no error, and nothing is decoded a second time."
+    store, look = micro.parent/'store', tiny.check_structure
+    def second(*args):
+        monkeypatch.setattr(tiny, 'check_structure', look)
+        tiny.decode_store(micro, store, **quiet)
+        return look(*args)
+    monkeypatch.setattr(tiny, 'check_structure', second)
+    assert tiny.decode_store(micro, store, **quiet) == store and left(micro.parent) == ['store']
+
+def test_another_was_quicker_and_this_one_began(micro, small_parts, monkeypatch):
+    "The other's store appears after this one has made a folder of its own, which must not stay."
+    store, make_room = micro.parent/'store', tiny._make_room
+    tiny.decode_store(micro, micro.parent/'ready', **quiet)
+    def late(*args):
+        make_room(*args)
+        (micro.parent/'ready').rename(store)
+    monkeypatch.setattr(tiny, '_make_room', late)
+    assert tiny.decode_store(micro, store, **quiet) == store and left(micro.parent) == ['store']
+
 def test_two_at_once(micro, small_parts, monkeypatch):
     store, finish = micro.parent/'store', tiny._finish
     def second(*args):   # while the first finishes, another process is quicker
@@ -298,18 +329,24 @@ def test_stats():
 CONTENT = bytes(range(256)) * 100
 
 class Server(SimpleHTTPRequestHandler):
-    "/cut/X sends 8,192 bytes of what is asked and hangs up; /whole/X doesn't know `Range`; /wrong/X sends something else of that length."
+    "/cut/X sends 8,192 bytes of what is asked and hangs up; /whole/X doesn't know `Range`; /excuse/X and /unsized/X send a word instead; /wrong/X sends something else of that length."
     def log_message(self, *args): pass
     def do_GET(self):
         how = self.path.split('/')[1]
         start = 0 if how == 'whole' else int(self.headers['Range'].removeprefix('bytes=').rstrip('-'))
         self.server.asked.append((how, start))
         if how == 'missing': return self.send_error(404)
+        if how in ('excuse', 'unsized'): return self.apologise(how == 'excuse')
         sent = CONTENT[::-1] if how == 'wrong' else CONTENT
         self.send_response(200 if how == 'whole' else 206)
         self.send_header('Content-Length', str(len(sent) - start))
         self.end_headers()
         self.wfile.write(sent[start:start + 8192] if how == 'cut' else sent[start:])
+    def apologise(self, with_size):
+        self.send_response(200)
+        if with_size: self.send_header('Content-Length', '9')
+        self.end_headers()
+        self.wfile.write(b'not today')
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
@@ -337,8 +374,18 @@ def test_a_mirror_finishes_it(server):
 
 def test_something_else_is_refused_and_not_kept(server):
     path = put(server, 'wrong')
-    with pytest.raises(data.FetchError, match=r'should have 25,600 bytes with sha256 .* but has 25,600'): tiny.fetch_resumed('net', progress=False)
-    assert list(path.parent.iterdir()) == []
+    with pytest.raises(data.FetchError, match=r'should have 25,600 bytes with sha256 .* but has 25,600') as e: tiny.fetch_resumed('net', progress=False)
+    assert list(path.parent.iterdir()) == [] and 'kept' not in str(e.value)
+
+def test_a_mirror_that_offers_something_else_does_no_harm(server):
+    path = put(server, 'cut', 'excuse', 'cut')
+    with pytest.raises(data.FetchError, match='excuse/net .net should have 25,600 bytes; 9 are offered.*goes on from there'): tiny.fetch_resumed('net', progress=False)
+    assert server.asked == [('cut', 0), ('excuse', 8192), ('cut', 8192)] and path.with_name('.net.part').stat().st_size == 16384
+    assert tiny.fetch_resumed('net', progress=False).read_bytes() == CONTENT
+
+def test_what_came_to_its_end_and_is_wrong_is_not_added_to(server):
+    path = put(server, 'unsized', 'whole')
+    assert tiny.fetch_resumed('net', progress=False).read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ['net']
 
 def test_killed_before_the_last_rename(server):
     path = put(server, 'missing')
