@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from .callbacks import rng_state, set_rng_state
+from .core import to_device
 from .data import TensorLoader, TfmDS
 
 # %% ../nbs/51_augment.ipynb #15614084
@@ -35,8 +36,6 @@ def _check_pad(pad, h, w):
     if not 0 <= pad < min(h, w):
         raise ValueError(f'pad should be 0 to {min(h, w) - 1} for {h}x{w} pixels; got {pad}')
 
-def _beside(o, x): return o.to(x.device, non_blocking=x.is_cuda)   # Python goes on while a GPU works
-
 def pad_crop(
     x,                # NxCxHxW, any type
     pad=4,            # pixels on each side, fewer than the picture has
@@ -47,7 +46,7 @@ def pad_crop(
     n, _, h, w = x.shape
     _check_pad(pad, h, w)
     windows = F.pad(x, [pad] * 4, mode).unfold(2, h, 1).unfold(3, w, 1)   # N C places places H W
-    top, left = _beside(torch.randint(2 * pad + 1, (2, n)), x)
+    top, left = to_device(torch.randint(2 * pad + 1, (2, n)), x.device)
     return windows[torch.arange(n, device=x.device), :, top, left]
 
 # %% ../nbs/51_augment.ipynb #054274d7
@@ -58,7 +57,7 @@ def flip(
     "Mirror some of the pictures."
     _check_batch(x)
     _check_share('p', p)
-    chosen = _beside((torch.rand(len(x)) < p).nonzero().flatten(), x)
+    chosen = to_device((torch.rand(len(x)) < p).nonzero().flatten(), x.device)
     return x.index_copy(0, chosen, x.index_select(0, chosen).flip(-1))
 
 # %% ../nbs/51_augment.ipynb #67bbb872
@@ -68,7 +67,7 @@ def normalise(
     std,   # of each channel
 ) -> torch.Tensor:  # float32
     "Bytes to floats around zero."
-    mean, std = (_beside(torch.as_tensor(o, dtype=torch.float32), x).view(-1, 1, 1) for o in (mean, std))
+    mean, std = (to_device(torch.as_tensor(o, dtype=torch.float32), x.device).view(-1, 1, 1) for o in (mean, std))
     return x.to(torch.float32, copy=True).sub_(255 * mean).div_(255 * std)
 
 # %% ../nbs/51_augment.ipynb #46185a44
@@ -100,7 +99,7 @@ def _erase_(x, pct=.2, max_num=4):
     if not len(x): return x   # nothing has no statistics
     noise = _noise_like(x)
     for pixels in box_pixels(len(x), *x.shape[-2:], pct, max_num):
-        item, row, col = (_beside(o, x) for o in pixels)
+        item, row, col = to_device(pixels, x.device)
         x[item, :, row, col] = noise(len(item), row.shape[1], col.shape[2], x.shape[1]).to(x.dtype)
     return x
 
@@ -126,7 +125,7 @@ def random_copy(
     (h, w), out = x.shape[-2:], x.clone()
     for item, row, col in box_pixels(len(x), h, w, pct, max_num):
         source = _rows_cols(len(item), h, w, row.shape[1], col.shape[2])
-        item, row, col, from_row, from_col = (_beside(o, x) for o in (item, row, col, *source))
+        item, row, col, from_row, from_col = to_device((item, row, col, *source), x.device)
         out[item, :, row, col] = x[item, :, from_row, from_col]
     return out
 
@@ -168,7 +167,7 @@ def move(
     levels,  # N integers, -30 to 30
 ):
     "Shear, translate or turn each picture by its own level; black comes in."
-    maps = source_maps(name, *x.shape[-2:], x.device)[_beside(levels + 30, x)]
+    maps = source_maps(name, *x.shape[-2:], x.device)[to_device(levels + 30, x.device)]
     black_first = F.pad(x.flatten(2), (1, 0))   # so that the pixels count from 1
     return black_first.gather(2, maps[:, None].long().expand(-1, x.shape[1], -1)).view_as(x)
 
@@ -180,7 +179,7 @@ def _fused_add(a, b, alpha):
 
 def _ratios(name, x, levels):
     r = 1 + magnitude(name, levels)
-    return [_beside(o.float(), x).view(-1, 1, 1, 1) for o in (r, 1 - r)]
+    return [to_device(o.float(), x.device).view(-1, 1, 1, 1) for o in (r, 1 - r)]
 
 def _grey(x):
     if x.shape[1] == 1: return x.float()
@@ -218,11 +217,11 @@ def sharpness(x, levels):
 def posterize(x, levels):
     "Keep the upper 8 to 2 bits."
     lost = 8 - magnitude('Posterize', levels).round()
-    return x & _beside((256 - 2**lost).to(torch.uint8), x).view(-1, 1, 1, 1)
+    return x & to_device((256 - 2**lost).to(torch.uint8), x.device).view(-1, 1, 1, 1)
 
 def solarize(x, levels):
     "The negative of values from a threshold on."
-    threshold = _beside((255 * magnitude('Solarize', levels)).float(), x)
+    threshold = to_device((255 * magnitude('Solarize', levels)).float(), x.device)
     return torch.where(x >= threshold.view(-1, 1, 1, 1), 255 - x, x)
 
 def autocontrast(x, levels=None):
@@ -278,10 +277,10 @@ def trivial_augment(
     ops, levels = draw_trivial(len(x)) if draw is None else draw
     if len(ops) != len(x): raise ValueError(f'a draw for each of {len(x)} pictures; got {len(ops)}')
     order, counts = ops.argsort(), ops.bincount(minlength=len(OPS)).tolist()
-    parts = x.index_select(0, _beside(order, x)).split(counts)
+    parts = x.index_select(0, to_device(order, x.device)).split(counts)
     todo = zip(OPS.values(), parts, levels[order].split(counts))
     done = [op(part, own) if len(part) else part for op, part, own in todo]
-    return torch.cat(done).index_select(0, _beside(order.argsort(), x))
+    return torch.cat(done).index_select(0, to_device(order.argsort(), x.device))
 
 # %% ../nbs/51_augment.ipynb #05fb4af6
 def augment_batch(

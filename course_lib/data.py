@@ -19,7 +19,7 @@ from requests.exceptions import ChunkedEncodingError, HTTPError, RequestExceptio
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .core import atomic_path, data_path
+from .core import atomic_path, data_path, to_device
 
 # %% ../nbs/02_data.ipynb #026-33af8a67
 @dataclass
@@ -346,6 +346,6 @@ class TensorLoader:
         yield from order.split(self.bs)
     def batch(self, places):
         "The items at these places."
-        return tuple(t[places.to(t.device, non_blocking=t.is_cuda)] for t in self.tensors)
+        return tuple(t[to_device(places, t.device)] for t in self.tensors)
     def __iter__(self):
         for places in self.places(): yield self.batch(places)

@@ -96,6 +96,7 @@ def test_empty_groups_and_batches():
     for op in range(14): assert trivial_augment(x, (torch.full((6,), op), torch.full((6,), 9))).shape == x.shape
     assert trivial_augment(x[:0]).shape == (0, 3, 16, 16)
     for f in (pad_crop, flip, random_copy): assert f(x[:0]).shape == (0, 3, 16, 16)
+    assert random_erase(x[:1].float()).shape == (1, 3, 16, 16)
     assert random_erase(x[:0].float()).shape == augment_batch(x[:0], [.5] * 3, [.25] * 3).shape == (0, 3, 16, 16)
 
 def test_memory_order_does_not_matter():

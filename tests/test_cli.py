@@ -226,11 +226,11 @@ def test_a_download(course, served):
     assert code == 0 and out.strip() == str(served[1].path) and served[1].path.read_bytes() == b'right'
     assert re.search(r'^here +5.0 bytes  probe/p.bin', course('data')[1], re.M)
 
-@pytest.mark.parametrize('body', [b'wrong', b'righ', b'<html>log in first</html>', b''])
-def test_a_bad_download(course, served, body):
+@pytest.mark.parametrize('body, said', [(b'wrong', ' with sha256'), (b'righ', '; 4 are offered'), (b'<html>log in first</html>', '; 25 are offered'), (b'', '; 0 are offered')])
+def test_a_bad_download(course, served, body, said):
     served[0].body = body
     code, out, err = course('data', 'probe/p.bin')
-    assert code == 1 and 'probe/p.bin should have 5 bytes' in err and out == ''
+    assert code == 1 and f'probe/p.bin should have 5 bytes{said}' in err and out == ''
     assert not served[1].path.exists() and os.listdir(served[1].path.parent) == []
     assert re.search(r'^- +5.0 bytes  probe/p.bin', course('data')[1], re.M)
 
