@@ -20,10 +20,11 @@ docs:  ## build the site into _docs (needs Quarto)
 	@$(PYTHON) tools/environment.py
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) tools/docs.py
 
-clean:  ## remove what was made, except .venv
-	@rm -rf _proc _docs out nbs/out build dist *.egg-info .pytest_cache .quarto nbs/nbdev.yml nbs/sidebar.yml
+clean:  ## remove what was made, except .venv and the checkpoints of long trainings
+	@rm -rf _proc _docs nbs/out build dist *.egg-info .pytest_cache .quarto nbs/nbdev.yml nbs/sidebar.yml
+	@if [ -d out ]; then find out -mindepth 1 -maxdepth 1 ! -name 'train_*' -exec rm -rf {} +; rmdir out 2>/dev/null || true; fi
 	@find nbs course_lib tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
-	@echo "Clean. The environment stays; to remove it too: rm -r .venv"
+	@echo "Clean. The environment stays, and so do checkpoints of course train; to remove them too: rm -rf .venv out"
 
 env:
 	@$(PYTHON) tools/environment.py

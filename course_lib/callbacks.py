@@ -587,14 +587,18 @@ def _compare(found, needed, what):
     more = f', and {len(odd) - 3} more' if len(odd) > 3 else ''
     if odd: raise ValueError(f'{what} ({"; ".join(odd[:3])}{more})')
 
+def _read_checkpoint(path, model):
+    path, state = Path(path), load_state(path)
+    if not isinstance(state, dict) or not {'model', 'opt', 'done'} <= state.keys(): raise ValueError(f'{path.name} holds a state, but not of CheckpointCB')
+    _compare(_shapes(state['model']), _shapes(model.state_dict()), f'{path.name} is the checkpoint of another model')
+    return state
+
 def load_checkpoint(
     path,   # a file of `CheckpointCB`
     model,  # gets the weights; as it was if they don't fit
 ) -> dict:  # the whole state, see `training_state`
     "Give `model` the weights of a checkpoint."
-    path, state = Path(path), load_state(path)
-    if not isinstance(state, dict) or not {'model', 'opt', 'done'} <= state.keys(): raise ValueError(f'{path.name} holds a state, but not of CheckpointCB')
-    _compare(_shapes(state['model']), _shapes(model.state_dict()), f'{path.name} is the checkpoint of another model')
+    state = _read_checkpoint(path, model)
     model.load_state_dict(state['model'])
     return state
 
@@ -615,11 +619,12 @@ class CheckpointCB(Callback):
         if learn.trains and last: save_state(training_state(learn), self.path)
     def load(self, learn):
         cbs = [cb for cb in learn.active_cbs if hasattr(cb, 'load_state_dict')]
-        state = load_checkpoint(self.path, learn.model)
+        state = _read_checkpoint(self.path, learn.model)
         def compare(found, needed): _compare(dict(enumerate(found)), dict(enumerate(needed)), f'{self.path.name} was made with another optimizer or other callbacks')
         compare([name for name, _ in state['cbs']], [type(cb).__name__ for cb in cbs])
         for cb, (_, s) in zip(cbs, state['cbs']): cb.load_state_dict(s)   # first: a schedule brings the optimizer of its phase
         compare([state['opt'][0]], [type(learn.opt).__name__])
+        learn.model.load_state_dict(state['model'])
         learn.opt.load_state_dict(state['opt'][1])
         for k, p in learn.model.named_parameters(): p.grad = None if state['grads'][k] is None else state['grads'][k].to(p)
         set_rng_state(state['rng'], learn.dls)

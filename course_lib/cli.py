@@ -24,12 +24,13 @@ def outputs(
     *given,  # the pictures given, as names or paths: never written over
 ) -> tuple:  # paths (picture, film)
     "Where the painting and its film go, refused while nothing has been done yet."
+    from course_lib.pictures import picture_path
     picture = Path(out or f'{"-".join(Path(o).stem for o in given)}.png').expanduser()
     if picture.suffix.lower() not in PICTURES: raise ValueError(f"a picture ends in {', '.join(PICTURES)}; got --out {out}")
     film = picture.with_name(f'{picture.stem}-film.webp') if picture.suffix.lower() == '.webp' else picture.with_suffix('.webp')
     for path in picture, film:
         if path.is_dir(): raise IsADirectoryError(f'{path} is a folder; --out names a file')
-        if any(same_file(path, o) for o in given): raise ValueError(f'{path} is a picture you gave, and would be written over; choose another --out')
+        if any(same_file(path, picture_path(o)) for o in given): raise ValueError(f'{path} is a picture you gave, and would be written over; choose another --out')
     return picture, film
 
 def same_file(a, b): return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
@@ -246,17 +247,17 @@ TEMPLATE = '''{% extends 'lab/index.html.j2' %}
 {% block html_head_js_requirejs %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}
 {% block html_head_js_mathjax %}{% if nb.metadata.formulas %}{{ super() }}{% endif %}{% endblock %}
-{% block input_group %}{% if cell.metadata.fold %}<details><summary>{{ cell.metadata.fold | e }}</summary>{{ super() }}</details>{% else %}{{ super() }}{% endif %}{% endblock %}
+{% block input_group %}{% if not cell.metadata.echo %}{% elif cell.metadata.fold %}<details><summary>{{ cell.metadata.fold | e }}</summary>{{ super() }}</details>{% else %}{{ super() }}{% endif %}{% endblock %}
 {% block outputs %}{{ super() | replace('<img ', '<img alt="' ~ (cell.metadata.alt | e) ~ '" ') if cell.metadata.alt else super() }}{% endblock %}'''
 
-def directives(source): return dict(re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', source, re.M))
+def directives(source): return {k: v.strip('"') for k, v in re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', source, re.M)}
 
 def as_shown(cell):
     "A copy of a cell as a reader sees it, or None for a hidden one."
     cell, says = cell.copy(), directives(cell.source) if cell.cell_type == 'code' else {}
     if {'hide', 'default_exp'} & set(says): return None
     if cell.cell_type == 'code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-    cell.metadata = dict(fold=says.get('code-summary', '').strip('"'), alt=says.get('fig-alt', ''))
+    cell.metadata = dict(echo=says.get('echo') != 'false', fold=says.get('code-summary', ''), alt=says.get('fig-alt', ''))
     return cell
 
 # %% ../nbs/92_cli.ipynb #042-7aacd875
@@ -289,6 +290,7 @@ def leave(
     for name, text in made.items():
         with writing(out/name), atomic_path(out/name) as aside: aside.write_text(text, encoding='utf-8')
 
+# %% ../nbs/92_cli.ipynb #ad5c86ad
 def opening(
     nb,      # a lesson
     name,    # its name
@@ -298,6 +300,7 @@ def opening(
     from course_lib.features import backbones_here, load_backbone
     return f"{name}; network {'vgg19, trained on ImageNet' if 'vgg19' in backbones_here() else load_backbone('course_vgg')}"
 
+# %% ../nbs/92_cli.ipynb #dcc0e498
 def run(args):
     "Run a lesson from top to bottom; leaves it as a notebook and as a page, with its pictures and films."
     import nbformat
@@ -317,7 +320,8 @@ def run(args):
     return 0
 
 # %% ../nbs/92_cli.ipynb #047-ba255675
-NEEDED = 'torch torchvision fastcore accelerate einops ipywidgets matplotlib safetensors pooch tqdm skimage'.split()
+NEEDED = ('torch torchvision numpy fastcore accelerate einops IPython ipywidgets matplotlib safetensors pooch requests tqdm '
+          'skimage scipy PIL').split()   # the requirements, as they are imported
 FOR_LESSONS = 'jupyterlab nbdev nbclient nbconvert'.split()
 
 def short(path): return re.sub(f'^{re.escape(str(Path.home()))}(?=/|$)', '~', str(path))
@@ -331,6 +335,7 @@ def findings() -> list:  # rows (what, what was found, what to do or '')
             ('for the site', 'Quarto' if shutil.which('quarto') else 'no Quarto', '' if shutil.which('quarto') else 'only `make docs` needs it: https://quarto.org')]
     return rows if missing else machine_findings() + rows
 
+# %% ../nbs/92_cli.ipynb #1a02ef3b
 def machine_findings():
     "The rows that need torch."
     import torch
@@ -350,6 +355,7 @@ def machine_findings():
         ('disk', f'{human(free)} free for data', 'less than 1 GB: downloads may fail' if free < 1e9 else ''),
         ('weights', f"{', '.join(here)} ({own})", f"{', '.join(away)}: downloaded when `course style --backbone NAME` first asks" if away else '')]
 
+# %% ../nbs/92_cli.ipynb #bba0ada2
 def doctor(args):
     "Say what this machine can do for the course, what is missing and what to do."
     rows = findings()
@@ -389,8 +395,6 @@ def bench(args):
     from course_lib.augment import bench_augment
     from course_lib.core import default_device, tune_malloc
     from course_lib.tiny_imagenet import tiny_ds
-    counts = args.n, args.rounds, args.bs
-    if min(counts) < 1: raise ValueError(f'--n, --rounds and --bs must be at least 1; got {counts}')
     tune_malloc()
     ds, device = tiny_ds('train'), default_device()
     ims = ds.ims[torch.linspace(0, len(ds) - 1, min(args.n, len(ds))).long()].contiguous()
@@ -420,10 +424,10 @@ def parser() -> argparse.ArgumentParser:
     command(train, prefix_chars='\0', add_help=False).add_argument('words', nargs='*')
     p = command(bench)
     p.add_argument('what', choices=('data',), help='data: TrivialAugment, crop, flip and erase, item by item with PIL, and in batches')
-    p.add_argument('--n', type=int, default=8192, help='pictures in each round')
-    p.add_argument('--rounds', type=int, default=7, help='passes over them, in turn')
-    p.add_argument('--bs', type=int, default=256, help='pictures in a batch; a GPU may like more')
-    p.add_argument('--workers', type=int, default=2, help='processes of the usual loader; the other has none')
+    p.add_argument('--n', type=at_least(1), default=8192, help='pictures in each round')
+    p.add_argument('--rounds', type=at_least(1), default=7, help='passes over them, in turn')
+    p.add_argument('--bs', type=at_least(1), default=256, help='pictures in a batch; a GPU may like more')
+    p.add_argument('--workers', type=at_least(0), default=2, help='processes of the usual loader; the other has none')
     style_options(command(style))
     return top
 
@@ -442,6 +446,7 @@ def sentence(e):
     own = isinstance(e, (OSError, ValueError, FloatingPointError, CellFailed))
     return str(e) if own else f'{type(e).__name__}: {e} (this should not happen; COURSE_TRACEBACK=1 shows where)'
 
+# %% ../nbs/92_cli.ipynb #e1f838f2
 def main(
     argv=None,  # words of the command line; the process's own if None
 ) -> int:       # exit code: 0 done, 1 could not be done, 130 stopped by Ctrl-C; wrong use exits with 2

@@ -288,13 +288,14 @@ def _why(e, file):
 def fetch(
     name,           # of a registered file
     progress=True,  # show a bar, as text
+    get=_download,  # get(url, file, progress) puts the whole, verified file into its place, or raises
 ) -> Path:          # the verified file
     "The data folder's copy of a file; downloaded into it if need be."
     file, tried = _known(name), []
     if path := find(name): return path
     for url in file.urls:
         try:
-            _download(url, file, progress)
+            get(url, file, progress)
             return find(name)
         except (RequestException, ValueError) as e: tried.append(f'{url} ({_why(e, file)})')
     raise FetchError(f"{name} ({file.size / 1e6:.1f} MB) is not in the data folder and "
@@ -336,6 +337,7 @@ class TensorLoader:
         generator=None,  # random numbers for the order; None: torch's global ones
     ):
         lengths = {len(t) for t in tensors}
+        if bs < 1: raise ValueError(f'TensorLoader needs batches of at least 1; got bs={bs}')
         if len(lengths) != 1 or 0 in lengths: raise ValueError(f'TensorLoader needs tensors of one length, above 0; got {[len(t) for t in tensors]}')
         self.tensors, self.bs, self.shuffle, self.generator = tensors, bs, shuffle, generator
     def __len__(self): return -(-len(self.tensors[0]) // self.bs)   # rounded up

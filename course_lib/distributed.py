@@ -8,7 +8,8 @@ __all__ = ['KEPT', 'launch', 'deal', 'check_share', 'from_main', 'DealtPlaces', 
            'AccelerateCB', 'one_voice', 'train_clothes', 'MultDL']
 
 # %% ../nbs/22_distributed.ipynb #7155b680
-import logging, os, signal, socket, sys, time
+import logging, os, signal, socket, sys, threading, time
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import repeat
 from multiprocessing import get_context
@@ -21,7 +22,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -70,6 +71,20 @@ def _config(n_procs, start, logs):
     return LaunchConfig(1, 1, n_procs, run_id='launch', max_restarts=0, start_method=start,
                         logs_specs=DefaultLogsSpecs(log_dir=logs), **meet)
 
+_ENDS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT') if hasattr(signal, name)]
+
+@contextmanager
+def _signals_as_before():
+    "The launcher answers signals in a way of its own: here Ctrl-C stays Ctrl-C, and afterwards all is as it was."
+    may = threading.current_thread() is threading.main_thread()   # nobody else may set an answer, the launcher neither
+    before = {s: answer for s in _ENDS if may and (answer := signal.getsignal(s)) is not None}
+    try: yield
+    except SignalException as e:
+        if e.sigval == signal.SIGINT: raise KeyboardInterrupt from None
+        raise SystemExit(128 + e.sigval) from None
+    finally:
+        for s, answer in before.items(): signal.signal(s, answer)
+
 def launch(
     fn,            # function; every process runs it
     *args,         # its arguments
@@ -81,7 +96,7 @@ def launch(
         raise ValueError(f'launch needs at least one process; got n_procs={n_procs!r}')
     if start == 'fork' and torch.cuda.is_initialized():
         raise RuntimeError('this process has used the GPU, so its forks cannot: restart and launch first, or use a script')
-    with TemporaryDirectory() as logs:
+    with TemporaryDirectory() as logs, _signals_as_before():
         logging.disable(logging.ERROR)   # the error that is raised says it better
         all_here = get_context(start).Barrier(n_procs)
         try: found = elastic_launch(_config(n_procs, start, logs), _worker)(all_here, fn, *args)

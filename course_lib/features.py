@@ -167,12 +167,14 @@ RECIPES = dict(
                       ('fire2',), ('relu1', 'fire3', 'fire4', 'fire5')))
 
 def backbone_names() -> list:
-    "What `load_backbone` knows."
+    "The names that `load_backbone` takes."
     return [*RECIPES, 'course_vgg']
 
+def _is_here(recipe): return recipe.path.exists() or recipe.download.path.exists()   # the latter is converted on first use
+
 def backbones_here() -> list:
-    "Those that need no download."
-    return [n for n in backbone_names() if n not in RECIPES or RECIPES[n].path.exists()]
+    "The names of the networks that load without a download."
+    return [n for n in backbone_names() if n not in RECIPES or _is_here(RECIPES[n])]
 
 # %% ../nbs/31_features.ipynb #058-b80a3c21
 def store_features(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BROKEN', 'FORMATS', 'PHOTOS', 'picture_bytes', 'decoding', 'open_picture', 'upright', 'orientation', 'levels',
            'over_white', 'to_rgb', 'new_size', 'resize', 'shrink_factor', 'check_pixels', 'decode', 'read_image',
-           'warn_frames', 'photo_names', 'photo', 'style_paths', 'style_names', 'style_image', 'find_picture']
+           'warn_frames', 'photo_names', 'photo', 'style_paths', 'style_names', 'style_image', 'picture_path',
+           'find_picture']
 
 # %% ../nbs/08_pictures.ipynb #003-6d18bee9
 import io, struct, threading, warnings, zlib
@@ -242,13 +243,19 @@ def style_image(
     return read_image(paths[name], size)
 
 # %% ../nbs/08_pictures.ipynb #092-6e179e23
+def picture_path(
+    what,   # name of a style picture or a photo, or a path
+) -> Path:  # a path as it was given may lead nowhere
+    "The file of a picture; a file of that name comes first."
+    known, path = {k: _photo_path(PHOTOS[k]) for k in photo_names()} | style_paths(), Path(what).expanduser()
+    if not path.suffix and not path.exists() and what not in known:
+        raise FileNotFoundError(f'{what!r} is neither a file nor a known name: {", ".join(known)}')
+    return path if path.is_file() else Path(known.get(str(what), path))
+
 def find_picture(
-    what,        # name of a style picture or a photo, or a path
+    what,        # as for `picture_path`
     size=256,    # longest side, or (height, width); None for the file's own
     min_size=1,  # refuse a picture whose shorter side is below this
 ) -> torch.Tensor:  # 3xHxW in [0,1]
-    "A picture by name or by path; a file of that name comes first."
-    known = {k: _photo_path(PHOTOS[k]) for k in photo_names()} | style_paths()
-    if not Path(what).suffix and not Path(what).exists() and what not in known:
-        raise FileNotFoundError(f'{what!r} is neither a file nor a known name: {", ".join(known)}')
-    return read_image(what if Path(what).is_file() else known.get(str(what), what), size, min_size)
+    "A picture by name or by path."
+    return read_image(picture_path(what), size, min_size)

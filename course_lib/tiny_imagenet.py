@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .core import atomic_path, data_path, out_path
-from .data import DataFile, FetchError, check_file, find, inside_polygon, register, registry
+from .data import DataFile, FetchError, check_file, fetch, find, inside_polygon, register, registry
 from .pictures import decoding
 
 # %% ../nbs/50_tiny_imagenet.ipynb #2da5b727
@@ -162,18 +162,10 @@ def fetch_resumed(
     progress=True,  # show a bar, as text
 ) -> Path:          # the verified file
     "As `fetch`, for large files: goes on where an earlier attempt broke off."
-    if path := find(name): return path
-    file, tried = registry()[name], []
-    for url in file.urls:
-        try:
-            _complete(url, file, progress)
-            return find(name)
-        except (requests.RequestException, ValueError) as e:
-            tried.append(f'{url} ({e if isinstance(e, ValueError) else type(e).__name__})')
-    kept = 'What has come is kept, and the next call goes on from there. ' if _part(file).exists() else ''
-    raise FetchError(f"{name} ({file.size / 1e6:.1f} MB) could not be fetched whole "
-                     f"from {' or '.join(tried) or 'anywhere'}. {kept}"
-                     f'If you have the file elsewhere, put it at {file.path}')
+    try: return fetch(name, progress, get=_complete)
+    except FetchError as e:
+        if not _part(registry()[name]).exists(): raise
+        raise FetchError(f'{e}. What has come is kept, and the next call goes on from there') from None
 
 # %% ../nbs/50_tiny_imagenet.ipynb #79a08bfa
 DAMAGED = zipfile.BadZipFile, zlib.error, EOFError
@@ -195,11 +187,13 @@ def unpack_zip(
     "Unpack aside, then rename; refuse names that lead elsewhere."
     archive, folder = Path(archive), Path(folder)
     if folder.exists(): raise FileExistsError(f'{folder.name} exists already; delete it first')
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with _open_zip(archive) as z, TemporaryDirectory(prefix='.unpack', dir=folder.parent) as aside:
         if bad := [n for n in z.namelist() if _escapes(n)]:
             raise ValueError(f'{archive.name} would write outside its folder: {bad[0]!r}')
         tops = {n.split('/')[0] for n in z.namelist()}
         if len(tops) != 1: raise ValueError(f'{archive.name} should hold one folder; it has {len(tops)}')
+        if tops & {*z.namelist()}: raise ValueError(f'{archive.name} should hold one folder; it holds the file {tops.pop()!r}')
         try: z.extractall(aside)
         except DAMAGED as e: raise ValueError(f'{archive.name} is damaged: {e}') from e
         os.replace(Path(aside)/tops.pop(), folder)

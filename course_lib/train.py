@@ -26,10 +26,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from .callbacks import CheckpointCB, MetricsCB, ProgressCB, load_state
-from .core import assets_path, bf16_is_fast, default_device, out_path, set_seed
+from .core import assets_path, default_device, machine, out_path, set_seed
 from .ddpm import UNet, fashion_dls, fit_ddpm, init_ddpm, linear_schedule, noisify_collate
 from .distributed import AccelerateCB, check_precision, check_share, launch, train_clothes
 from .learner import Callback, Learner
+from .mixed_precision import fast_dtype
 from .results import save_results
 from .tiny_classifier import AUGMENT, MIX, TINY_NETS, TINY_PRESETS, train_tiny
 
@@ -57,7 +58,7 @@ def pick(
     names,    # those that there are
     what,     # what they are names of
 ) -> str:     # the name; ValueError if it is none of them
-    "Make sure of a name."
+    "The name, if it is known; else ValueError with the nearest one."
     if name in names: return name
     near = get_close_matches(str(name), names, n=1)
     hint = f'; did you mean {near[0]}?' if near else '.'
@@ -113,6 +114,10 @@ def register(
     TRAININGS[name] = new
 
 # %% ../nbs/90_train.ipynb #0a68b5e8
+def _fast_precision(device):
+    if device.type == 'mps': return 'no'   # float16 was not tried there
+    return {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'no'}[fast_dtype(device)]
+
 def settings_of(
     name,       # of a training
     preset,     # of it; None: the first
@@ -124,8 +129,7 @@ def settings_of(
     for k in changes: pick(k, t.defaults, f'setting of {name}')
     settings = t.defaults | t.presets[preset] | {k: typed(k, v, t.defaults[k]) for k, v in changes.items()}
     check_words(t, settings)
-    if settings.get('mixed_precision') == 'auto':
-        settings['mixed_precision'] = 'bf16' if bf16_is_fast() else 'no'
+    if settings.get('mixed_precision') == 'auto': settings['mixed_precision'] = _fast_precision(default_device())
     return preset, settings
 
 # %% ../nbs/90_train.ipynb #4971fe65
@@ -158,6 +162,7 @@ class Run:
     @property
     def result(self) -> Path: return self.out/f'{self.table}.json'
 
+# %% ../nbs/90_train.ipynb #624ffea5
 def plan(
     name,         # of a training
     preset=None,  # of it; None: the first
@@ -172,7 +177,7 @@ def plan(
 
 # %% ../nbs/90_train.ipynb #f300d5dd
 class RunCB(Callback):
-    "Carries the settings of a run, its seconds and its numbers of processes into the checkpoint."
+    "Carries the settings of a run, its seconds, machine and numbers of processes into the checkpoint."
     order = 900
     side_fits = False
     def __init__(
@@ -185,7 +190,7 @@ class RunCB(Callback):
     def seconds(self) -> float:
         "Of this process, and of those before that led to the checkpoint."
         return self.earlier + time.perf_counter() - self.start
-    def state_dict(self): return dict(settings=self.settings, seconds=self.seconds, procs=self.procs)
+    def state_dict(self): return dict(settings=self.settings, seconds=self.seconds, procs=self.procs, machine=machine())
     def load_state_dict(self, state):
         self.earlier, before = state['seconds'], state['procs']
         self.procs = before if before[-1] == self.n_procs else [*before, self.n_procs]
@@ -200,8 +205,9 @@ def epochs_done(
     mine = dict(state['cbs']).get('RunCB') if isinstance(state, dict) and 'cbs' in state else None
     if not mine: raise ValueError(f'{run.checkpoint} was not made by this command; --out names another folder')
     there = mine['settings']
-    odd = [k for k in {**here, **there} if here.get(k) != there.get(k)]
-    said = '; '.join(f'{k}={there.get(k)} there, {k}={here.get(k)} here' for k in odd)
+    def value(settings, k): return settings.get(k, 'unknown')   # a setting may be younger than the checkpoint
+    odd = [k for k in {**here, **there} if value(here, k) != value(there, k)]
+    said = '; '.join(f'{k}={value(there, k)} there, {k}={value(here, k)} here' for k in odd)
     if odd: raise ValueError(f'{run.checkpoint} is of a run with other settings ({said}): '
                              '--fresh starts anew, --out names another folder')
     return state['done']
@@ -222,8 +228,8 @@ def source_of(
 ) -> str:
     "Where a loader's pictures come from, if the data set inside says so."
     while data is not None and not hasattr(data, 'source'):
-        data = getattr(data, 'dataset', getattr(data, 'ds', None))   # what is wrapped
-    return data.source if data else 'made on the spot'
+        data = next((getattr(data, k) for k in ('dataset', 'ds', 'dl') if hasattr(data, k)), None)   # what is wrapped
+    return 'made on the spot' if data is None else data.source
 
 # %% ../nbs/90_train.ipynb #ffe04843
 def in_checkout() -> bool:
@@ -235,15 +241,15 @@ def keep(
     learn,  # after it
     cb,     # its RunCB
 ):
-    "Leave the table."
+    "Write the table of a run; that of an unchanged preset also among the course's results."
     settings = {k: str(v) if isinstance(v, tuple) else v for k, v in run.settings.items()}
     procs = ', then '.join(map(str, cb.procs))
     row = dict(preset=run.preset) | settings | outcome(learn) | dict(processes=procs)
     size = sum(p.numel() for p in learn.model.parameters())
     what = f'{TRAININGS[run.name].does}: {size:,} parameters; data: {source_of(learn.dls.train)}'
     said = dict(what=what, question=f'What does `course train {run.name}` come to?', seconds=cb.seconds)
-    save_results(run.table, [row], folder=run.out, **said)
     if in_checkout() and not (run.changed or run.own_place): save_results(run.table, [row], **said)
+    save_results(run.table, [row], folder=run.out, **said)   # last: where this one is, nothing is left to do
 
 # %% ../nbs/90_train.ipynb #5ba2f3f5
 def meet(
@@ -251,7 +257,7 @@ def meet(
     fresh=False,  # forget what was there
     procs=None,   # there must be so many processes; None: any number
 ) -> tuple:       # (PartialState, epochs done)
-    "Come together, and agree on where to begin."
+    "Join the other processes, and agree on the epoch to begin with."
     state = PartialState(cpu=default_device().type == 'cpu', timeout=timedelta(minutes=10))
     n = state.num_processes
     if procs not in (None, n): raise ValueError(f'--procs {procs}: but the number of processes here is {n}')
@@ -338,7 +344,7 @@ def in_columns(
 def differences(
     training,  # a Training
 ) -> list:     # rows of texts: preset, then the settings in which presets differ
-    "What presets are about."
+    "The settings in which the presets of a training differ, as rows."
     alls = {name: training.defaults | settings for name, settings in training.presets.items()}
     differ = [k for k in training.defaults if len({repr(s[k]) for s in alls.values()}) > 1]
     return [['preset', *differ]] + [[name, *(str(s[k]) for k in differ)] for name, s in alls.items()]
@@ -363,6 +369,7 @@ def parser(
     p.add_argument('--procs', type=int, help='start so many processes; under a launcher: stop unless there are so many')
     return p
 
+# %% ../nbs/90_train.ipynb #82900bc4
 def changes_of(
     words,   # 'lr=0.01', ...
 ) -> dict:   # {setting: text}

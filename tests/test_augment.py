@@ -5,7 +5,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from course_lib.augment import (MOVES, OPS, RANGES, AugmentedLoader, augment_batch, bench_augment, box_pixels, draw_trivial,
-                                flip, loader_rates, magnitude, move, normalise, pad_crop, random_copy, random_erase,
+                                flip, loader_rates, magnitude, move, normalize_bytes, pad_crop, random_copy, random_erase,
                                 same_draw, source_maps, trivial_augment, tta, tta_views)
 from course_lib.core import set_seed
 
@@ -122,7 +122,7 @@ def test_inputs_stay_and_seeds_repeat(f):
 def test_everything_together_is_its_parts(device):
     x, stats = smooth(40, 3, 32, 32).to(device), ([.4, .5, .6], [.2, .3, .1])
     set_seed(3); together = augment_batch(x, *stats)
-    set_seed(3); parts = random_erase(normalise(flip(pad_crop(trivial_augment(x), 8, 'reflect')), *stats))
+    set_seed(3); parts = random_erase(normalize_bytes(flip(pad_crop(trivial_augment(x), 8, 'reflect')), *stats))
     assert torch.equal(together, parts) and together.device.type == device
 
 @pytest.mark.skipif(len(DEVICES) == 1, reason='one device only')
@@ -224,17 +224,18 @@ def test_tables_are_kept():
     assert a is source_maps('Rotate', 8, 8, torch.device('cpu')) and a.shape == (61, 64)
     assert move('Rotate', smooth(2, 3, 8, 8), torch.tensor([0, 0])).equal(smooth(2, 3, 8, 8))
 
-def test_normalise_is_torchvisions():
+def test_normalize_bytes_is_torchvisions():
     x = smooth(2, 3, 8, 8)
     mean, std = [.4, .5, .6], [.2, .3, .1]
-    assert torch.allclose(normalise(x, mean, std), tvf.normalize(x / 255, mean, std), atol=1e-6)
+    assert torch.allclose(normalize_bytes(x, mean, std), tvf.normalize(x / 255, mean, std), atol=1e-6)
 
 def test_bench_counts_pictures():
     rates = bench_augment(smooth(20, 3, 16, 16), rounds=2, bs=8, num_workers=0)
     assert list(rates) == ['PIL, item by item', 'the same from JPEG', 'in batches']
     assert all(len(r) == 2 and min(r) > 0 for r in rates.values())
 
-def test_rates_come_from_every_pass():
+def test_rates_come_from_every_pass(monkeypatch):
     loader = AugmentedLoader([(torch.zeros(3, 1, 2, 2), 0)] * 4, lambda x: x + 1)
     assert len(loader) == 4 and next(iter(loader))[0].min() == 1
-    assert len(loader_rates({'a': loader}, rounds=3)['a']) == 3
+    monkeypatch.setattr('course_lib.augment.perf_counter', map(float, range(100)).__next__)   # every look is a second later
+    assert loader_rates({'a': loader, 'b': [(torch.zeros(5), 0)]}, rounds=3) == {'a': [12.] * 3, 'b': [5.] * 3}

@@ -139,6 +139,14 @@ def test_wrong_use(course, monkeypatch, options, code, why):
     got, out, err = course('style', 'me.png', 'night', *FAST, *options)
     assert got == code and why in err and left() == ['me.png']
 
+def test_a_picture_at_home_or_of_the_course_is_not_replaced_either(course, monkeypatch, root):
+    picture()
+    monkeypatch.setenv('HOME', str(Path.cwd()))
+    monkeypatch.setattr('course_lib.style_transfer.transfer', lambda *a, **k: pytest.fail('it painted'))
+    for content, out in ('~/me.png', 'me.png'), ('me.png', root/'assets/pictures/night.jpg'):
+        code, _, err = course('style', content, 'night', *FAST, '--out', out)
+        assert code == 1 and f'{out} is a picture you gave' in err and left() == ['me.png']
+
 def test_the_film_does_not_replace_a_picture_given_either(course):
     picture('me.webp')
     before = Path('me.webp').read_bytes()
@@ -281,8 +289,9 @@ LESSON = [('markdown', '# A lesson\n![A night](../assets/pictures/night.jpg), [c
           ('code', "#| hide\nimport sys, warnings\nfrom course_lib.core import out_path, scale"),
           ('code', "warnings.warn('beware')\nprint('on the page')\nout_path('made.txt').write_text('made')\n[sys.executable == EXE, scale()]"),
           ('markdown', '## A picture'),
-          ('code', '#| fig-alt: A line that rises\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);'),
-          ('code', '#| code-fold: true\n#| code-summary: "Solution"\nx = 1')]
+          ('code', '#| fig-alt: "A line that rises"\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);'),
+          ('code', '#| code-fold: true\n#| code-summary: "Solution"\nx = 1'),
+          ('code', "#| echo: false\nprint('said', 'without', 'a word of code')")]
 
 @pytest.fixture
 def lesson(root):
@@ -320,13 +329,14 @@ def test_run_leaves_a_lesson(course, lesson, decoy, monkeypatch):
     nb = json.loads(Path('my out/98_probe.ipynb').read_text(encoding='utf-8'))
     assert 'on the page' in page and re.search(r"\[True, ('|&#39;)ci('|&#39;)\]", page) and 'UserWarning' not in page and 'out_path, scale' not in page and '#|' not in re.sub('<.*?>', '', page)
     assert 'alt="A night"' in page and 'src="data:image/jpeg;base64' in page and 'alt="A line that rises"' in page and '<summary>Solution</summary>' in page
+    assert 'said without a word of code' in page and 'print(' in page and not re.search("without('|&#39;)", re.sub('<.*?>', '', page))
     assert 'href="../nbs/00_core.ipynb"' in page and '](../nbs/00_core.ipynb)' in ''.join(nb['cells'][0]['source'])
     assert not re.search(r'<(script|link|img)[^>]*(src|href)="(?!data:)', page) and str(Path.cwd()) not in page
 
 def test_run_names_the_cell_that_failed(course, lesson, decoy):
     path = lesson("print('before')", '#| fig-alt: x\nopen("nowhere.txt")', "print('after')")
     code, out, err = course('run', path, '--out', 'out')
-    assert code == 1 and "course: 98_probe stopped at cell 7, `open(\"nowhere.txt\")`: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'" in err
+    assert code == 1 and "course: 98_probe stopped at cell 8, `open(\"nowhere.txt\")`: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.txt'" in err
     page = Path('out/98_probe.html').read_text(encoding='utf-8')
     assert '>before' in page and '>after' not in page and 'Open' not in out
 
@@ -335,17 +345,26 @@ def test_run_names_the_network_first(course, lesson, decoy):
     assert code == 0 and out.splitlines()[0].startswith('98_probe; network course_vgg: ') and 'trained by this course' in out.splitlines()[0]
 
 def test_bench_compares_loaders(course):
-    code, out, _ = course('bench', 'data', '--n', 32, '--rounds', 2, '--workers', 0)
+    code, out, _ = course('bench', 'data', '--n', 32, '--rounds', 1, '--workers', 0)
     lines = out.splitlines()
     assert code == 0 and len(lines) == 4 and lines[0].startswith('32 pictures: ') and lines[1].endswith('1.00 times the first')
+    rates = [float(re.search(r'([\d,]+) pictures a second', line)[1].replace(',', '')) for line in lines[1:]]
+    times = [float(re.search(r'([\d.]+) times', line)[1]) for line in lines[1:]]
+    assert times == pytest.approx([r / rates[0] for r in rates], abs=.02)
 
-def test_bench_refuses_nothing_to_do(course):
-    code, _, err = course('bench', 'data', '--rounds', 0)
-    assert code == 1 and '--n, --rounds and --bs must be at least 1; got (8192, 0, 256)' in err
+@pytest.mark.parametrize('option, value, least', [('--n', 0, 1), ('--rounds', 0, 1), ('--bs', -3, 1), ('--workers', -1, 0)])
+def test_bench_refuses_nothing_to_do(course, option, value, least):
+    code, _, err = course('bench', 'data', option, value)
+    assert code == 2 and f'argument {option}: must be a whole number, at least {least}; got {value}' in err
+
+def test_doctor_knows_all_requirements(root):
+    known = dict(ipython='IPython', pillow='PIL', **{'scikit-image': 'skimage'})
+    asked = re.search(r'^requirements = (.*)$', (root/'settings.ini').read_text(), re.M)[1].split()
+    assert set(cli.NEEDED) == {known.get(name, name) for name in (re.match(r'[\w-]+', o)[0] for o in asked)}
 
 def test_run_survives_a_kernel_that_dies(course, lesson, decoy):
     code, out, err = course('run', lesson('import os; os._exit(3)'), '--out', 'out')
-    assert code == 1 and 'stopped at cell 6, `import os; os._exit(3)`: its kernel died' in err and Path('out/98_probe.html').exists()
+    assert code == 1 and 'stopped at cell 7, `import os; os._exit(3)`: its kernel died' in err and Path('out/98_probe.html').exists()
 
 @posix
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])

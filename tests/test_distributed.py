@@ -268,3 +268,32 @@ def test_deal_leaves_what_is_no_tensor():
     batch = dict(x=torch.arange(5), scale=torch.tensor(3.), name='five')
     dealt = deal(batch, 1, 2)
     assert dealt['x'].tolist() == [1, 3] and dealt['scale'] == 3 and dealt['name'] == 'five'
+
+
+# --- signals
+
+def fail(): raise ValueError('no')
+
+def test_signals_are_as_before():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    launch(os.getpid)
+    with pytest.raises(RuntimeError, match='no'): launch(fail)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+NAP = """
+import time
+from course_lib.distributed import launch
+def nap():
+    print('napping', flush=True)
+    time.sleep(100)
+try: launch(nap)
+except KeyboardInterrupt: print('interrupted')
+"""
+
+@pytest.mark.parametrize('how, code', [(signal.SIGINT, 0), (signal.SIGTERM, 128 + 15)])
+def test_a_signal_ends_all(how, code):
+    with subprocess.Popen([sys.executable, '-c', NAP], stdout=subprocess.PIPE, text=True, start_new_session=True) as p:
+        assert p.stdout.readline() == 'napping\n'
+        os.killpg(p.pid, how)
+        said, _ = p.communicate(timeout=60)
+    assert (p.returncode, said) == (code, 'interrupted\n' if how == signal.SIGINT else '')

@@ -134,6 +134,7 @@ def test_file_put_there_by_hand_is_converted_and_kept(monkeypatch, folder, squee
     path.parent.mkdir(parents=True)
     torch.save(squeeze, path)
     download_from(monkeypatch, DEAD, path.read_bytes())
+    assert features.backbones_here() == ['squeezenet', 'course_vgg']
     assert load_backbone('squeezenet').name == 'squeezenet'
     assert weights_in(folder) == ['squeezenet1_1-b8a52dc0.pth', 'squeezenet1_1.safetensors']
 

@@ -91,7 +91,7 @@ def test_clean_keeps_lessons_and_environment(root, tmp_path):
     folder = tmp_path/'a clone'
     made = ['_docs/x', '_proc/x', 'out/x', 'nbs/out/x', 'build/x', 'a.egg-info/x',
             'nbs/sidebar.yml', 'nbs/.ipynb_checkpoints/x', 'tools/__pycache__/x']
-    kept = ['nbs/00_a.ipynb', '.venv/bin/python', 'course_lib/a.py', 'tests/a.py', 'assets/a.png']
+    kept = ['nbs/00_a.ipynb', 'out/train_a/checkpoint', '.venv/bin/python', 'course_lib/a.py', 'tests/a.py', 'assets/a.png']
     for name in made + kept:
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).touch()

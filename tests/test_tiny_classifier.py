@@ -111,8 +111,8 @@ def test_presets_name_settings_that_exist():
         assert settings.get('net', 'vgg') in TINY_NETS and settings.get('augment', 'light') in tiny.AUGMENT
 
 
-@pytest.mark.parametrize('bad, said', [(dict(net='resnet'), "no net 'resnet'; there are vgg"), (dict(mix='blend'), 'mix should be none or mixup'),
-                                       (dict(augment='more'), 'augment should be none or light')])
+@pytest.mark.parametrize('bad, said', [(dict(net='resnet'), "no net 'resnet'; there are vgg"), (dict(mix='blend'), "no mix 'blend'; there are none, mixup"),
+                                       (dict(augment='more'), "no augment 'more'; there are none, light")])
 def test_settings_that_do_not_exist_are_refused(bad, said):
     with pytest.raises(ValueError, match=said): train_tiny(**(SMALL | bad))
 

@@ -363,7 +363,7 @@ def put(server, *hows): return data.register(data.DataFile('net', tuple(f'{serve
 
 def test_a_broken_download_goes_on(server):
     path = put(server, 'cut', 'cut')   # two addresses, one attempt each
-    with pytest.raises(data.FetchError, match='ChunkedEncodingError.* or .*ChunkedEncodingError.*goes on from there'): tiny.fetch_resumed('net', progress=False)
+    with pytest.raises(data.FetchError, match='connection broke before all 25,600 bytes had come.* or .*connection broke.*goes on from there'): tiny.fetch_resumed('net', progress=False)
     assert server.asked == [('cut', 0), ('cut', 8192)] and not path.exists() and path.with_name('.net.part').stat().st_size == 16384
     assert tiny.fetch_resumed('net', progress=False).read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ['net']
 

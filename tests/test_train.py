@@ -1,5 +1,6 @@
 "The entry point of all long runs: resumed, killed, in several processes, misused."
 import json, os, re, signal, subprocess, sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -187,7 +188,20 @@ def test_only_the_main_process_writes(monkeypatch, elsewhere):
         with log.open('a') as f: f.write(f"{os.environ['RANK']} {path.relative_to(elsewhere) if path.is_absolute() else path}\n")
     monkeypatch.setattr(train, 'save_results', logged)
     launch(partial(toy, None))
-    assert log.read_text().splitlines() == ['0 out/train_toy_quick/train_toy_quick.json', '0 repo/assets/results/train_toy_quick.json']
+    assert log.read_text().splitlines() == ['0 repo/assets/results/train_toy_quick.json', '0 out/train_toy_quick/train_toy_quick.json']
+
+def test_a_setting_that_the_checkpoint_does_not_know():
+    toy('a', n_epochs=1)
+    run = train.plan('toy', out='a', n_epochs=1)
+    assert train.epochs_done(run) == 1
+    with pytest.raises(ValueError, match=r'\(width=unknown there, width=None here\)'): train.epochs_done(replace(run, settings=run.settings | dict(width=None)))
+
+def test_the_source_is_found_inside():
+    class Held:
+        def __init__(self, **kw): vars(self).update(kw)
+    clothes = Held(source='clothes, by hand')
+    for what in clothes, Held(dataset=clothes), Held(ds=Held(dataset=clothes)), Held(dl=Held(dataset=clothes)): assert train.source_of(what) == 'clothes, by hand'
+    assert train.source_of(Held()) == train.source_of(iter(())) == 'made on the spot'
 
 def test_processes_that_see_different_folders():
     toy('0', n_epochs=1)
@@ -247,10 +261,16 @@ def test_tiny(course, monkeypatch, tmp_path):
     whole = json.loads(Path('a/train_tiny_vgg.json').read_text())
     assert 'figures drawn by write_micro' in whole['what'] and 0 <= whole['rows'][0]['valid top1'] <= 1
 
-def test_auto_is_written_out(monkeypatch):
-    for fast, wanted in (True, 'bf16'), (False, 'no'):
-        monkeypatch.setattr(train, 'bf16_is_fast', lambda: fast)
-        assert train.plan('ddpm').settings['mixed_precision'] == wanted
+@pytest.mark.parametrize('device, dtype, wanted', [('cpu', torch.bfloat16, 'bf16'), ('cpu', torch.float32, 'no'), ('mps', torch.float16, 'no')])
+def test_auto_is_written_out(monkeypatch, device, dtype, wanted):
+    monkeypatch.setattr(train, 'default_device', lambda: torch.device(device))
+    monkeypatch.setattr(train, 'fast_dtype', lambda device: dtype)
+    assert train.plan('ddpm').settings['mixed_precision'] == wanted
+
+def test_auto_is_fp16_on_a_gpu_without_bf16(monkeypatch):
+    monkeypatch.setattr(train, 'default_device', lambda: torch.device('cuda'))
+    monkeypatch.setattr('course_lib.core.torch.cuda.is_bf16_supported', lambda including_emulation: False)
+    assert train.settings_of('ddpm', None, {})[1]['mixed_precision'] == 'fp16'
 
 def test_presets_of_the_course():
     "The reference's settings, lesson 20."
