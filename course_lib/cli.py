@@ -28,9 +28,10 @@ def outputs(
     picture = Path(out or f'{"-".join(Path(o).stem for o in given)}.png').expanduser()
     if picture.suffix.lower() not in PICTURES: raise ValueError(f"a picture ends in {', '.join(PICTURES)}; got --out {out}")
     film = picture.with_name(f'{picture.stem}-film.webp') if picture.suffix.lower() == '.webp' else picture.with_suffix('.webp')
+    kept = [picture_path(o) for o in given]
     for path in picture, film:
         if path.is_dir(): raise IsADirectoryError(f'{path} is a folder; --out names a file')
-        if any(same_file(path, picture_path(o)) for o in given): raise ValueError(f'{path} is a picture you gave, and would be written over; choose another --out')
+        if any(same_file(path, o) for o in kept): raise ValueError(f'{path} is a picture you gave, and would be written over; choose another --out')
     return picture, film
 
 def same_file(a, b): return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
