@@ -107,9 +107,9 @@ class AverageCB(Callback):
     side_fits = False
     def __init__(
         self,
-        buffers=False,  # average them too; False: measure batch norm's statistics, over dls.train, when the mean is used
+        buffers=False,  # average them too; False: measure batch norm's statistics, over the training batches, when the mean is used
         validate=True,  # with the mean
-    ): self.buffers, self.validate, self.n, self.means, self.opened = buffers, validate, 0, {}, ExitStack()
+    ): self.buffers, self.validate, self.n, self.means, self.dl, self.opened = buffers, validate, 0, {}, None, ExitStack()
     def before_fit(self, learn):
         rivals = [type(cb).__name__ for cb in learn.active_cbs if isinstance(cb, AverageCB) and cb.validate]
         if len(rivals) > 1: raise ValueError(f'{" and ".join(rivals)} would all validate with their mean; give all but one of them validate=False')
@@ -120,8 +120,9 @@ class AverageCB(Callback):
     def averaged(self, learn):
         "A context in which the model has the mean weights."
         if not self.n: raise ValueError(f'{type(self).__name__} has averaged nothing yet')
-        return try_weights(learn, self.means, bn=not self.buffers)
+        return try_weights(learn, self.means, bn=not self.buffers, dl=self.dl)
     def before_epoch(self, learn):
+        if learn.training: self.dl = getattr(learn.dl, 'whole', learn.dl)   # of dealt batches all, so that all processes measure the same
         for k, v in float_values(learn.model, self.buffers).items():
             if k in self.means: self.means[k] = self.means[k].to(v.device)   # a checkpoint brings them on the CPU
         if self.n and self.validate and not learn.training: self.opened.enter_context(self.averaged(learn))

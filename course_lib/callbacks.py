@@ -149,8 +149,10 @@ class RecorderCB(Callback):
         **fns,  # name=function(learn) -> number or tensor of one element
     ): self.fns, self.records = fns, {}
     def before_fit(self, learn): self.pending, self.records = [], {name: [] for name in ('loss', 'lr', *self.fns)}
+    def before_batch(self, learn):
+        if learn.training: self.lr = learn.opt.param_groups[0]['lr']
     def after_batch(self, learn):
-        if learn.training: self.pending.append((learn.loss.detach(), learn.opt.param_groups[0]['lr'], *[_own(f(learn)) for f in self.fns.values()]))
+        if learn.training: self.pending.append((learn.loss.detach(), self.lr, *[_own(f(learn)) for f in self.fns.values()]))
     def cleanup_epoch(self, learn): self.read()
     def read(self):
         for values, new in zip(self.records.values(), zip(*self.pending)): values += column(new).tolist()
@@ -372,8 +374,9 @@ def set_rng_state(
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
-    if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
-    for s in state['mps']: torch.mps.set_rng_state(s)
+    if torch.cuda.is_available():   # the file may be from a machine with more GPUs, or none
+        for i, s in enumerate(state['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(s, i)
+    for s in state['mps'] if torch.backends.mps.is_available() else (): torch.mps.set_rng_state(s)
     for g, s in zip(generators(dls) if dls else [], state['loaders']): g.set_state(s)
 
 # %% ../nbs/11_callbacks.ipynb #097-1f535ee0
@@ -575,7 +578,7 @@ def training_state(
 ) -> dict:
     "Everything that the next epoch depends on."
     grads = {k: p.grad for k, p in learn.model.named_parameters()}
-    cbs = [(type(cb).__name__, cb.state_dict()) for cb in learn.active_cbs if hasattr(cb, 'state_dict')]
+    cbs = [(type(cb).__name__, state) for cb in learn.active_cbs if hasattr(cb, 'state_dict') and (state := cb.state_dict()) is not None]
     return dict(model=dict(learn.model.state_dict()), grads=grads, opt=(type(learn.opt).__name__, learn.opt.state_dict()),
                 cbs=cbs, rng=rng_state(learn.dls), done=learn.epoch + 1)
 
@@ -618,7 +621,7 @@ class CheckpointCB(Callback):
         last = not (learn.training and learn.validates)   # the last pass of this epoch
         if learn.trains and last: save_state(training_state(learn), self.path)
     def load(self, learn):
-        cbs = [cb for cb in learn.active_cbs if hasattr(cb, 'load_state_dict')]
+        cbs = [cb for cb in learn.active_cbs if hasattr(cb, 'load_state_dict') and cb.state_dict() is not None]
         state = _read_checkpoint(self.path, learn.model)
         def compare(found, needed): _compare(dict(enumerate(found)), dict(enumerate(needed)), f'{self.path.name} was made with another optimizer or other callbacks')
         compare([name for name, _ in state['cbs']], [type(cb).__name__ for cb in cbs])

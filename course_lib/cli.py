@@ -240,7 +240,9 @@ def relink(
         path = Path(folder, m[2].partition('#')[0])
         if ':' in m[2] or not path.is_file(): return m[0]
         if embed and m[1].startswith('!'): return f'{m[1]}({data_url(path)})'
-        return f'{m[1]}({os.path.relpath(path, out)})'.replace(os.sep, '/')
+        try: to = os.path.relpath(path, out).replace(os.sep, '/')
+        except ValueError: to = path.resolve().as_uri()   # on another drive of Windows
+        return f"{m[1]}({to}{''.join(m[2].partition('#')[1:])})"
     return re.sub(r'(!?\[(?:[^\]\[]|\[[^\]]*\])*\])\(([^)\s]+)\)', moved, text)
 
 # %% ../nbs/92_cli.ipynb #040-daf51253
@@ -305,6 +307,7 @@ def opening(
 def run(args):
     "Run a lesson from top to bottom; leaves it as a notebook and as a page, with its pictures and films."
     import nbformat
+    from course_lib.core import data_path
     path = lesson_path(args.lesson)
     out = Path(args.out or Path('out', path.stem)).expanduser().resolve()
     if out == path.parent: raise ValueError(f'--out {args.out} is the folder of the lesson itself, which would be written over')
@@ -312,7 +315,7 @@ def run(args):
     try: nb = nbformat.read(path, as_version=4)
     except Exception as e: raise ValueError(f'{path.name} is no notebook that can be read ({e})') from None
     print(opening(nb, path.stem), flush=True)
-    env = dict(os.environ, COURSE_OUT=str(out), COURSE_STATIC='1', MPLBACKEND='module://matplotlib_inline.backend_inline', PYDEVD_DISABLE_FILE_VALIDATION='1')
+    env = dict(os.environ, COURSE_DATA=str(data_path().absolute()), COURSE_OUT=str(out), COURSE_STATIC='1', MPLBACKEND='module://matplotlib_inline.backend_inline', PYDEVD_DISABLE_FILE_VALIDATION='1')
     try: execute(nb, path.parent, path.stem, env | ({'COURSE_SCALE': args.scale} if args.scale else {}))
     finally:
         leave(nb, path, out)

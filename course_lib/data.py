@@ -321,10 +321,12 @@ def fashion_ds(
 ) -> GreyPictures:  # .source says which pictures they are
     "Fashion-MNIST if the data folder has it, else a tenth as many drawn silhouettes."
     if split not in ('train', 'valid'): raise ValueError(f"split should be 'train' or 'valid'; got {split!r}")
+    paths = {name: find(f'FashionMNIST/raw/{name}') for name in _fashion_files}
+    if None in paths.values():   # all four files or none: drawings can't validate what photographs have taught
+        return micro_fashion(*dict(train=(6000, 0), valid=(1000, 1))[split])
     part = dict(train='train', valid='t10k')[split]
-    paths = [find(f'FashionMNIST/raw/{part}-{kind}-ubyte.gz') for kind in ('images-idx3', 'labels-idx1')]
-    if None in paths: return micro_fashion(*dict(train=(6000, 0), valid=(1000, 1))[split])
-    return GreyPictures(*map(read_idx, paths), fashion_names, f'Fashion-MNIST, {split}')
+    tensors = (read_idx(paths[f'{part}-{kind}-ubyte.gz']) for kind in ('images-idx3', 'labels-idx1'))
+    return GreyPictures(*tensors, fashion_names, f'Fashion-MNIST, {split}')
 
 # %% ../nbs/02_data.ipynb #f26eb993
 class TensorLoader:

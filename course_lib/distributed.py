@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'launch', 'deal', 'check_share', 'from_main', 'DealtPlaces', 'load_own', 'load_tensors', 'load_in_main',
-           'DealtDL', 'has_places', 'DealCB', 'add_up_everywhere', 'Held', 'SilentView', 'check_precision',
+           'Share', 'DealtDL', 'has_places', 'DealCB', 'add_up_everywhere', 'Held', 'SilentView', 'check_precision',
            'AccelerateCB', 'one_voice', 'train_clothes', 'MultDL']
 
 # %% ../nbs/22_distributed.ipynb #7155b680
 import logging, os, signal, socket, sys, threading, time
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import repeat
+from itertools import repeat, starmap
 from multiprocessing import get_context
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -185,24 +186,32 @@ def load_in_main(
         yield batch_size(batch), deal(batch, rank, n)
 
 # %% ../nbs/22_distributed.ipynb #56db1f1b
+class Share(NamedTuple):
+    "What a process gets of a batch."
+    whole: int     # samples in the whole batch
+    batch: object  # own share
+
 class DealtDL:
-    "A loader of which each process gets its share of every batch, with the size of the whole."
+    "A loader of which each process gets its `Share` of every batch."
     def __init__(
         self,
         dl,    # any iterable of batches
         rank,  # of this process
         n,     # number of processes
-    ): self.dl, self.rank, self.n = dl, rank, n
-    def __len__(self): return len(self.dl)
+    ): self.whole, self.rank, self.n = dl, rank, n
+    def __len__(self): return len(self.whole)
     def __iter__(self):
-        load = load_tensors if isinstance(self.dl, TensorLoader) else load_own if has_places(self.dl) else load_in_main
-        return load(self.dl, self.rank, self.n)
+        load = load_tensors if isinstance(self.whole, TensorLoader) else load_own if has_places(self.whole) else load_in_main
+        return starmap(Share, load(self.whole, self.rank, self.n))
 
 def has_places(dl):
     "Does it batch places in a data set? A stream has none."
     return isinstance(dl, DataLoader) and dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset)
 
 # %% ../nbs/22_distributed.ipynb #a12614ad
+_UNDEALT = ('a callback has put whole batches in the place of the dealt ones, so each process would train on all of them; '
+           'let it wrap `learn.dl` instead (`PhaseCB` does, as long as it has no data_list)')
+
 class DealCB(Callback):
     "Deal batches to processes, put together what they found. For subclasses that bring `acc`, an Accelerator."
     order = -20   # before all who look at a batch, a loss or a metric
@@ -213,9 +222,10 @@ class DealCB(Callback):
         learn.dl = DealtDL(learn.dl, self.rank, self.n)
     def before_batch(self, learn):
         self.weight = 1.
-        if self.n > 1:
+        if isinstance(learn.batch, Share):
             whole, learn.batch = learn.batch
             self.weight = self.n * batch_size(learn.batch) / whole
+        elif self.n > 1 and learn.training: raise ValueError(_UNDEALT)   # only looked at, whole batches do no harm
         learn.batch = to_device(learn.batch, self.acc.device)
     def after_batch(self, learn):
         if self.n > 1: learn.loss = self.acc.reduce(learn.loss.detach() * self.weight, 'mean')
@@ -293,6 +303,8 @@ class AccelerateCB(DealCB, TrainCB):
         if self.opt: self.acc.free_memory()   # forgets the last fit's
         if learn.trains: self.model, self.opt = self.acc.prepare(self.model, learn.opt)   # a model is prepared only once
         else: self.model = self.acc.prepare(self.model)
+    def after_loss(self, learn):
+        if learn.training and self.opt.optimizer is not learn.opt: self.opt = self.acc.prepare(learn.opt)   # that of a new phase
     def predict(self, learn):
         if learn.iter == 0: check_batch(learn.batch, self.n_inp)
         learn.preds = self.model(*learn.batch[:self.n_inp])
@@ -300,6 +312,8 @@ class AccelerateCB(DealCB, TrainCB):
         self.acc.backward(learn.loss * self.weight)
         self.acc.unscale_gradients(self.opt)   # in fp16: who looks at gradients wants the true ones
     def step(self, learn): self.opt.step()
+    def state_dict(self): return self.acc.scaler.state_dict() if self.acc.scaler else None   # in fp16 only
+    def load_state_dict(self, state): self.acc.scaler.load_state_dict(state)
 
 # %% ../nbs/22_distributed.ipynb #82e5fbc0
 def one_voice(

@@ -88,8 +88,8 @@ def orientation(
 def levels(
     a,  # array of any number type, HxW or HxWxC
 ):      # CxHxW float32 tensor in [0,1]
-    "Scale by the range of the type; floats beyond [0,1] by their own range."
-    if a.dtype.kind == 'f':
+    "Scale by the range of the type; floats beyond [0,1] and negative numbers by their own range."
+    if a.dtype.kind == 'f' or a.min() < 0:   # heights below the sea, say
         a = np.nan_to_num(a.astype(np.float32), posinf=0, neginf=0)
         if a.min() < 0 or a.max() > 1: a = (a - a.min()) / (a.max() - a.min() or 1)
     elif a.dtype.kind == 'b': a = a.astype(np.float32)

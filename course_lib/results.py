@@ -205,7 +205,9 @@ def _timing_table(timing):
 
 # %% ../nbs/05_results.ipynb #069-2a489b1b
 def _check_value(v, where):
-    if isinstance(v, (list, tuple)): _finite(v, where)
+    if isinstance(v, (list, tuple)):
+        if odd := [o for o in v if not isinstance(o, (int, float))]: raise ValueError(f'{where}: a list holds numbers; got {type(odd[0]).__name__}')
+        _finite(v, where)
     elif isinstance(v, float): _finite([v], where)
     elif not isinstance(v, (str, int, type(None))):
         raise ValueError(f'{where}: a cell is a number, a text, None or a list of numbers; got {type(v).__name__}')
@@ -222,9 +224,11 @@ def check_rows(
 
 # %% ../nbs/05_results.ipynb #072-36d8d2b5
 def _commit():
+    root = assets_path().parent   # of the course, wherever it is called from
+    if not (root/'.git').exists(): return 'unknown'
     try:
         done = subprocess.run(['git', 'describe', '--always', '--exclude=*', '--dirty=+'],
-                              capture_output=True, text=True, timeout=10)
+                              cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired): return 'unknown'
     return done.stdout.strip() or 'unknown'
 
@@ -273,7 +277,8 @@ def load_results(
     folder=None,  # where; None: assets/results, else out/results
 ) -> Results:     # a dictionary: name, question, what, rows, scale, seconds, machine, commit, date
     "A table that `save_results` kept."
-    folders = [Path(folder)] if folder else [assets_path('results'), out_path('results')]
+    folders = [Path(folder)] if folder else [assets_path('results')]
+    if not folder and not (folders[0]/f'{name}.json').exists(): folders.append(out_path('results'))   # made only if need be
     for path in (f/f'{name}.json' for f in folders):
         if path.exists(): return Results(json.loads(path.read_text(encoding='utf-8')))
     known = ', '.join(sorted({p.stem for f in folders for p in f.glob('*.json')}))

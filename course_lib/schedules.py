@@ -271,8 +271,9 @@ class PhaseCB(Callback):
     def before_epoch(self, learn):
         dls, self.first, n = self.epochs[learn.epoch]
         self.moves = moves(self.phases[self.k], learn.opt.param_groups)   # a loaded optimizer has new groups
-        if learn.training: learn.dl = dls.train if n == len(dls.train) else FirstBatches(dls.train, n)
-        elif dls.valid is not None: learn.dl = dls.valid
+        own = None if dls is learn.dls else dls.train if learn.training else dls.valid
+        if own is not None: learn.dl = own   # else what is there may have been dealt to processes
+        if learn.training and n < len(learn.dl): learn.dl = FirstBatches(learn.dl, n)
     def before_batch(self, learn):
         if not learn.training: return
         i = self.first + learn.iter

@@ -206,6 +206,7 @@ def train_tiny(
     mix='none',            # a key of MIX
     erase=False,           # random boxes of noise
     grow=True,             # small pictures first, see GROWTH
+    anneal='cos',          # shape of the 1cycle, up and down: 'cos', or 'linear'
     n_items=None,          # use so many pictures only; None: all
     compiled=False,        # torch.compile the network? Takes a minute or more, and a C++ compiler; for long runs
     mixed_precision='no',  # as for `AccelerateCB`
@@ -224,7 +225,7 @@ def train_tiny(
     if compiled: model.compile(dynamic=True)   # in place: the names of the weights stay; for all sizes at once
     dls = tiny_dls(bs, n_items)
     batches = TinyBatchCB(mean.tolist(), std.tolist(), augment, mix, erase, grow)
-    sched = partial(OneCycleLR, max_lr=lr, total_steps=n_epochs * len(dls.train))
+    sched = partial(OneCycleLR, max_lr=lr, total_steps=n_epochs * len(dls.train), anneal_strategy=anneal)
     cbs = [trainer, batches, MetricsCB(top1, cross_entropy),
            BatchSchedCB(sched), ProgressCB(plot=False), *cbs, *([CheckpointCB(path)] if path else [])]
     loss_func = partial(F.cross_entropy, label_smoothing=smoothing)
@@ -239,6 +240,8 @@ TINY_PRESETS = {'vgg': {}, 'small': dict(net='small', n_epochs=11, lr=6e-3, wd=.
                 'compact': dict(net='compact', n_epochs=15, lr=6e-3, wd=.05),
                 'two-hours': dict(net='compact_preact', n_epochs=30, lr=6e-3, wd=.05, augment='half'),
                 'two-hours-2': dict(net='compact_mean', n_epochs=33, lr=6e-3, wd=.05, augment='half', erase=True),
+                'two-hours-3': dict(net='compact_mean', n_epochs=24, lr=6e-3, wd=.05, augment='half', erase=True,
+                                    grow=False, anneal='linear'),
                 'basic': dict(net='basic', n_epochs=25, lr=.1, **_full),
                 'deeper': dict(net='deeper', n_epochs=25, lr=.03, **_full),
                 'preact': dict(net='preact', n_epochs=50, lr=.1, augment='trivial', **_full),

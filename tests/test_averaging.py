@@ -10,6 +10,7 @@ from course_lib.core import set_seed
 from course_lib.data import DataLoaders, TensorLoader
 from course_lib.learner import (Callback, CancelBatchException, CancelEpochException, CancelFitException, Learner, MomentumCB, TrainCB,
                                 synth_learner)
+from course_lib.schedules import TrainingPhase, fit_phases
 
 from killed import equal, kill_at, posix
 
@@ -214,6 +215,14 @@ def test_zero_decay_is_no_average():
 
 def test_base_class_needs_a_weight():
     with pytest.raises(AttributeError): AverageCB().add(synth_learner())
+
+def test_measured_over_the_data_of_the_phase():
+    def shifted(by): return DataLoaders([(torch.randn(16, 1) + by, torch.zeros(16, 1)) for _ in range(4)], None)
+    set_seed(0)
+    net, swa = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)), SWACB()
+    learn = Learner(net, shifted(0), lr=.01, cbs=[TrainCB(), swa])
+    fit_phases(learn, [TrainingPhase(2, lr=.01)], data_list=[shifted(100)])
+    with swa.averaged(learn): assert abs(net[0].running_mean.item() - 100) < 1
 
 def test_measuring_is_a_plain_mean():
     bn, batches = nn.BatchNorm1d(2), torch.randn(5, 8, 2) + 3

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from nbclient import NotebookClient
 from torch import nn
 
-from course_lib.callbacks import BatchSchedCB, DeviceCB, MetricsCB, ProgressCB, RecorderCB, TextView
+from course_lib.callbacks import (BatchSchedCB, DeviceCB, MetricsCB, ProgressCB, RecorderCB, TextView, rng_state,
+                                  set_rng_state)
 from course_lib.data import DataLoaders
 from course_lib.learner import Learner, TrainCB
 
@@ -161,3 +162,10 @@ def test_five_callbacks_are_cheap():
         return time.thread_time() - start
     rounds = [(seconds(bare), seconds(with_callbacks)) for _ in range(9)][1:]
     assert statistics.median((b - a) / a for a, b in rounds) < 1
+
+def test_random_numbers_of_another_machine():
+    "A checkpoint from a Mac, or from a machine with more GPUs, can be gone on with here."
+    state = rng_state()
+    before = torch.rand(3)
+    set_rng_state(state | dict(mps=[torch.zeros(8, dtype=torch.uint8)], cuda=state['cuda'] + [torch.zeros(16, dtype=torch.uint8)]))
+    assert torch.equal(torch.rand(3), before)

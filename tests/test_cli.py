@@ -418,3 +418,17 @@ def test_an_error_nobody_thought_of_is_one_line(course, monkeypatch):
     assert code == 1 and err == 'course: TypeError: oops (this should not happen; COURSE_TRACEBACK=1 shows where)\n'
     monkeypatch.setenv('COURSE_TRACEBACK', '1')
     with pytest.raises(TypeError, match='oops'): cli.main(['doctor'])
+
+def test_links_to_another_drive(tmp_path, monkeypatch):
+    "Windows has no relative path from one drive to another."
+    def no_way(path, start): raise ValueError("path is on mount 'C:', start on mount 'D:'")
+    (tmp_path/'a.md').write_text('')
+    monkeypatch.setattr(cli.os.path, 'relpath', no_way)
+    assert cli.relink('[a](a.md#b)', tmp_path, tmp_path/'out', False) == f'[a]({(tmp_path/"a.md").as_uri()}#b)'
+
+def test_a_relative_data_folder_means_the_same_in_the_lesson(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('COURSE_DATA', 'mine')
+    monkeypatch.setattr(cli, 'execute', lambda nb, folder, name, env: seen.append(env['COURSE_DATA']))
+    seen = []
+    assert cli.main(['run', '05', '--out', 'page']) == 0 and seen == [str(tmp_path/'mine')]

@@ -148,6 +148,11 @@ def test_fashion_without_data(tmp_path, monkeypatch):
     assert (len(train), len(valid)) == (6000, 1000) and 'micro_fashion' in train.source and not (train.ims[:1000] == valid.ims).all()
     assert train[0][0].shape == (1, 28, 28) and isinstance(train[0][1], int)
 
+def test_half_of_fashion_is_none(tmp_path, monkeypatch):
+    "Drawn clothes for both, not photographs for training and drawings for validation."
+    monkeypatch.setattr(data, 'find', lambda name: tmp_path/name if '/train-' in name else None)
+    assert all('micro_fashion' in data.fashion_ds(split).source for split in ('train', 'valid'))
+
 def test_a_broken_fashion_file_is_not_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv('COURSE_DATA', str(tmp_path))
     (tmp_path/'FashionMNIST/raw').mkdir(parents=True)

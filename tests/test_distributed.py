@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from course_lib.averaging import SWACB
 from course_lib.callbacks import CheckpointCB, MetricsCB, ProgressCB, RecorderCB, accuracy, load_state, lr_find
 from course_lib.core import set_seed
 from course_lib.data import DataLoaders, TensorLoader, get_dls
 from course_lib.distributed import AccelerateCB, MultDL, check_precision, deal, launch
 from course_lib.learner import Callback, Learner, TrainCB, synth_dls
+from course_lib.schedules import TrainingPhase, fit_phases
 
 from distributed_run import classifier, outcome
 
@@ -107,6 +109,39 @@ def test_lr_find_in_two_processes():
         return losses
     first, second = launch(find)
     assert first == second and len(first) == 20
+
+def phases(make_train, data_list=None):
+    learn = classifier([make_train(), MetricsCB(accuracy), RecorderCB()], lr=0.)
+    fit_phases(learn, [TrainingPhase(1, torch.optim.SGD, lr=.5), TrainingPhase(1.4, torch.optim.Adam, lr=.01)], data_list and data_list(learn))
+    return outcome(learn)
+
+def test_phases_bring_optimizers_of_their_own():
+    wanted = phases(TrainCB)
+    assert phases(AccelerateCB) == wanted
+    for found in launch(partial(phases, AccelerateCB)): same(found, wanted)
+
+def test_phases_with_data_of_their_own():
+    def others(learn): return [classifier([], seed=4).dls, learn.dls]
+    assert phases(AccelerateCB, others) == phases(TrainCB, others)
+    with pytest.raises(RuntimeError, match='each process would train on all of them'): launch(partial(phases, AccelerateCB, others))
+
+def test_batch_norm_is_measured_over_all_batches():
+    def measured():
+        set_seed(3)
+        x = torch.randn(40, 4).double()
+        net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+        learn = Learner(net, tensors(*[torch.utils.data.TensorDataset(x, x[:, :1])] * 2, 8), lr=.1, cbs=[AccelerateCB(), swa := SWACB()])
+        learn.fit(2)
+        with swa.averaged(learn): return (net[0].running_mean - x.mean(0)).abs().max().item(), net[1].weight.tolist()
+    (first, w1), (second, w2) = launch(measured)
+    assert max(first, second) < 1e-6 and w1 == w2
+
+def test_the_loss_scale_is_kept():
+    cb, other = AccelerateCB(), AccelerateCB()
+    assert cb.state_dict() is None   # as long as there is none, a checkpoint goes with `TrainCB` as well
+    cb.acc.scaler, other.acc.scaler = (torch.amp.GradScaler('cpu', init_scale=scale) for scale in (8., 1024.))
+    other.load_state_dict(cb.state_dict())
+    assert other.acc.scaler.state_dict()['scale'] == 8
 
 def test_validation_alone():
     def validate():

@@ -31,6 +31,19 @@ def test_before_there_is_a_kept_table(kept):
     kept('ci', 1)
     assert results.show_results('t')['rows'] == [dict(a=1)]
 
+def test_looking_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv('COURSE_OUT', raising=False)
+    monkeypatch.chdir(tmp_path)
+    results.load_results('tiny_ladder')
+    assert not list(tmp_path.iterdir())
+
+def test_the_commit_is_the_course_s(tmp_path, monkeypatch, root):
+    here = results._commit()
+    monkeypatch.chdir(tmp_path)
+    assert results._commit() == here
+    monkeypatch.setattr(results, 'assets_path', lambda *parts: tmp_path/'assets')   # installed without its repository
+    assert results._commit() == 'unknown'
+
 @pytest.mark.parametrize('name', ['', 'a/b', '../a', 'a.b', 'a b'])
 def test_names(name, tmp_path):
     with pytest.raises(ValueError, match='letters'): results.save_results(name, [dict(a=1)], what='a test', folder=tmp_path)
