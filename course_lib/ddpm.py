@@ -118,7 +118,8 @@ def visits(
 ):             # yields (step, its alphabar, the alphabar after it)
     "The steps of a walk; after the last one nothing is noise."
     ts = torch.arange(len(alphabar)).flip(0) if ts is None else torch.as_tensor(ts)
-    levels = torch.cat([alphabar[ts], torch.ones(1)]).to(x)
+    if (ts.diff() >= 0).any(): raise ValueError(f'the steps to visit must fall; got {ts[:5].tolist()}, and so on')
+    levels = torch.cat([alphabar[ts.to(alphabar.device)], alphabar.new_ones(1)]).to(x)
     yield from zip(ts.tolist(), levels, levels[1:])
 
 def denoise(

@@ -290,7 +290,8 @@ class AccelerateCB(DealCB, TrainCB):
         check_precision(mixed_precision, device)
         handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *kw.pop('kwargs_handlers', ())]
         self.acc = Accelerator(cpu=device.type == 'cpu', mixed_precision=mixed_precision, kwargs_handlers=handlers, **kw)
-        self.rank, self.n, self.held, self.opt = self.acc.process_index, self.acc.num_processes, None, None
+        if self.acc.gradient_accumulation_steps != 1: raise ValueError('AccelerateCB steps after every batch; it does not accumulate gradients')
+        self.rank, self.n, self.held, self.opt, self.stepped = self.acc.process_index, self.acc.num_processes, None, None, True
     def before_fit(self, learn):
         self.check(learn)
         self.prepare(learn)
@@ -298,6 +299,9 @@ class AccelerateCB(DealCB, TrainCB):
     def check(self, learn):
         others = [type(cb).__name__ for cb in learn.active_cbs if isinstance(cb, TrainCB) and cb is not self]
         if others: raise ValueError(f"AccelerateCB trains by itself; take {', '.join(others)} out of cbs")
+        mine = [*(['backward', 'step'] if self.n > 1 or self.acc.scaler else []), *(['zero_grad'] if self.acc.scaler else [])]
+        doers = sorted({type(f.__self__).__name__ for action in mine for f in learn.calls.on[action]} - {type(self).__name__})
+        if learn.trains and doers: raise ValueError(f"{', '.join(doers)} would replace what AccelerateCB does to the gradients here; take it out of cbs")
     def prepare(self, learn):
         if self.held is not learn.model: self.model, self.held = Held(learn.model), learn.model
         if self.opt: self.acc.free_memory()   # forgets the last fit's
@@ -312,6 +316,11 @@ class AccelerateCB(DealCB, TrainCB):
         self.acc.backward(learn.loss * self.weight)
         self.acc.unscale_gradients(self.opt)   # in fp16: who looks at gradients wants the true ones
     def step(self, learn): self.opt.step()
+    def after_backward(self, learn): self.stepped = False
+    def after_step(self, learn): self.stepped = True
+    def cleanup_batch(self, learn):
+        if self.acc.scaler and not self.stepped: self.acc.scaler.update()   # a batch was cancelled: else the next can't be unscaled
+        self.stepped = True
     def state_dict(self): return self.acc.scaler.state_dict() if self.acc.scaler else None   # in fp16 only
     def load_state_dict(self, state): self.acc.scaler.load_state_dict(state)
 

@@ -70,6 +70,8 @@ def dispatch(
     "Who answers which event; built once per fit, so that a batch only walks tuples."
     for cb in cbs:
         if isinstance(cb, type): raise TypeError(f'cbs holds the class {cb.__name__}; write {cb.__name__}()')
+        if odd := [e for e in events if not callable(getattr(cb, e, print))]:
+            raise TypeError(f'{type(cb).__name__}.{odd[0]} has the name of an event or action, so it must be a method; got {getattr(cb, odd[0])!r}')
     cbs = sorted(cbs, key=attrgetter('order'))
     return {e: tuple(getattr(cb, e) for cb in cbs if hasattr(cb, e)) for e in events}
 

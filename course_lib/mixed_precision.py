@@ -58,6 +58,8 @@ class AutocastCB(Callback):
         dtype=None,  # torch.bfloat16, .float16, .float32 (none); None: `fast_dtype` of the device
     ): self.asked, self.open = dtype, ExitStack()
     def before_fit(self, learn):
+        both = [type(cb).__name__ for cb in learn.active_cbs if isinstance(cb, AutocastCB)]
+        if len(both) > 1: raise ValueError(f'{" and ".join(both)} would both open autocast; keep one of them')
         self.device = next(learn.model.parameters()).device
         self.dtype = autocast_dtype(self.device, self.asked or fast_dtype(self.device))
     def before_batch(self, learn):

@@ -59,6 +59,7 @@ def to_frame(
 class ImageLogCB(Callback):
     "Film the model: a frame at the start, then one after every `log_every` training steps."
     order = 10
+    side_fits = False
     def __init__(
         self,
         log_every=10,  # steps between two frames
@@ -67,14 +68,14 @@ class ImageLogCB(Callback):
         self.log_every, self.frames, self.steps = log_every, [], []
     def _log(self, learn):
         with torch.no_grad(): self.frames.append(to_frame(learn.model()))
-        self.steps.append(self.step)
+        self.steps.append(self.count)
     def before_fit(self, learn):
-        self.frames, self.steps, self.step = [], [], 0
+        self.frames, self.steps, self.count = [], [], 0
         self._log(learn)
     def after_batch(self, learn):
         if not learn.training: return
-        self.step += 1
-        if self.step % self.log_every == 0: self._log(learn)
+        self.count += 1
+        if self.count % self.log_every == 0: self._log(learn)
     def show(
         self,
         n=6,       # how many frames, evenly spaced

@@ -20,7 +20,7 @@ from numbers import Real
 import matplotlib.pyplot as plt
 import torch
 
-from .callbacks import far_above, generators
+from .callbacks import BatchSchedCB, far_above, generators
 from .core import bf16_is_fast
 from .learner import Callback, CancelFitException, TrainCB
 
@@ -257,6 +257,7 @@ class PhaseCB(Callback):
         if data_list is not None and len(data_list) != len(self.phases): raise ValueError(f'data_list has {len(data_list)} entries for {len(self.phases)} phases')
     def plan(self, learn): return lay_out(self.phases, self.data_list or [learn.dls] * len(self.phases))
     def before_fit(self, learn):
+        if any(isinstance(cb, BatchSchedCB) for cb in learn.active_cbs): raise ValueError('phases set the rate before each batch, so a BatchSchedCB would do nothing; take it out of cbs')
         self.learn, (self.ends, self.epochs) = learn, self.plan(learn)
         if learn.n_epochs != len(self.epochs): raise ValueError(f'the phases take {len(self.epochs)} epochs, the fit has {learn.n_epochs}; use fit_phases')
         self.params = split_params(learn.model, self.groups)

@@ -136,7 +136,8 @@ class LossSum:
     ):
         self.terms = {name: (w, loss) for name, (w, loss) in terms.items() if w}
         self.on_features = [loss for _, loss in self.terms.values() if isinstance(loss, FeatureLoss)]
-        if len(names := {loss.backbone.name for loss in self.on_features}) > 1: raise ValueError(f"one look needs one network; got {', '.join(sorted(names))}")
+        nets = {(loss.backbone.name, id(loss.backbone.model)): str(loss.backbone) for loss in self.on_features}
+        if len(nets) > 1: raise ValueError(f"one look needs one network; got {', '.join(sorted(nets.values()))}")
 
     def _look(self, x):
         layers = list(dict.fromkeys(l for loss in self.on_features for l in loss.layers))

@@ -197,7 +197,9 @@ class RunStop:
         self.halt.on_click(lambda button: self.stopping.set())
 
     def start(self, button=None):
-        "Do the job in a thread."
+        "Do the job in a thread; nothing, if one is at work already."
+        if self.thread and self.thread.is_alive(): return
+        self.stopping.clear()   # of a Stop that came too late for the last job
         self.bar.value = 0
         self.thread = threading.Thread(target=guarded(self.run, self.messages))
         self.thread.start()
@@ -208,7 +210,7 @@ class RunStop:
         try: self.job(self.stopping.is_set)
         finally:
             self.go.disabled, self.halt.disabled = False, True
-            self.stopping.clear()   # not at the start: Stop may come early
+            self.stopping.clear()   # not at this method's start: Stop may come early
 
 # %% ../nbs/33_style_transfer.ipynb #405186c9
 class TransferPanel:

@@ -86,7 +86,7 @@ def show_outputs(
 
 # %% ../nbs/04_widgets.ipynb #031-654bda02
 def _slider(lo, hi, start, step=None):
-    whole = all(isinstance(v, int) for v in (lo, hi, step or 1))
+    whole = all(isinstance(v, int) for v in (lo, hi, step or 1, 0 if start is None else start))
     kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
     if start is None: start = (lo + hi)//2 if whole else (lo + hi)/2
     if not lo <= start <= hi: raise ValueError(f'a slider from {lo} to {hi} can\'t start at {start}')
@@ -101,6 +101,7 @@ def make_control(
     "A control for one argument, chosen by the type of `value`."
     if isinstance(value, ipywidgets.Widget) and value.has_trait('value'): return value
     first = lambda default: default if start is None else start
+    if isinstance(value, list) and value and first(value[0]) not in value: raise ValueError(f"{name} can't start at {start!r}; there are {value}")
     match value:
         case bool(): w = ipywidgets.Checkbox(value=first(value))
         case (lo, hi, *step) if isinstance(value, tuple) and len(step) < 2 and lo < hi: w = _slider(lo, hi, start, *step)

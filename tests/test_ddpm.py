@@ -10,7 +10,7 @@ from course_lib.callbacks import CheckpointCB
 from course_lib.core import set_seed
 from course_lib.data import get_dls
 from course_lib.ddpm import (LMSStep, UNet, UnwrapCB, add_noise, cosine_schedule, ddim_step, draw_by, euler_step, fit_ddpm, heun_step, init_ddpm, karras_collate, karras_sigmas,
-                             karras_walk, last_losses, linear_schedule, noisify, noisify_collate, remap_schedule, sample, spread_steps, steer)
+                             karras_walk, last_losses, linear_schedule, noisify, noisify_collate, remap_schedule, sample, spread_steps, steer, visits)
 from course_lib.learner import Callback
 
 SMALL = dict(nfs=(8, 16))
@@ -128,3 +128,6 @@ def test_a_model_of_diffusers():
                                   down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2)
     learn = fit_ddpm(model, dls(), 1, cbs=[UnwrapCB()])
     assert last_losses(learn)['valid'] < 2
+
+def test_a_walk_goes_down():
+    with pytest.raises(ValueError, match='the steps to visit must fall'): list(visits(cosine_schedule(100), range(0, 100, 10), torch.zeros(1)))

@@ -13,7 +13,8 @@ from course_lib.callbacks import CheckpointCB, MetricsCB, ProgressCB, RecorderCB
 from course_lib.core import set_seed
 from course_lib.data import DataLoaders, TensorLoader, get_dls
 from course_lib.distributed import AccelerateCB, MultDL, check_precision, deal, launch
-from course_lib.learner import Callback, Learner, TrainCB, synth_dls
+from course_lib.learner import CancelBatchException, Callback, Learner, MomentumCB, TrainCB, synth_dls
+from course_lib.mixed_precision import MixedPrecision
 from course_lib.schedules import TrainingPhase, fit_phases
 
 from distributed_run import classifier, outcome
@@ -142,6 +143,25 @@ def test_the_loss_scale_is_kept():
     cb.acc.scaler, other.acc.scaler = (torch.amp.GradScaler('cpu', init_scale=scale) for scale in (8., 1024.))
     other.load_state_dict(cb.state_dict())
     assert other.acc.scaler.state_dict()['scale'] == 8
+
+class CancelCB(Callback):
+    def after_backward(self, learn):
+        if learn.iter == 0: raise CancelBatchException()
+
+def test_a_cancelled_batch_in_fp16(monkeypatch):
+    "The scaler forgets that batch; else the next one could not be unscaled."
+    cb = AccelerateCB()
+    cb.acc.scaler = scaler = torch.amp.GradScaler('cpu', init_scale=8.)
+    monkeypatch.setattr(cb.acc, 'unscale_gradients', lambda opt: scaler.unscale_(opt.optimizer))   # as it does in fp16, for which there must be a GPU
+    learn = Learner(nn.Linear(1, 1), synth_dls(), cbs=[cb, CancelCB()])
+    learn.fit(2)
+    with pytest.raises(ValueError, match='MomentumCB would replace what AccelerateCB does'): learn.fit(cbs=[MomentumCB()])
+
+def test_who_else_touches_gradients():
+    def mixed(): Learner(nn.Linear(1, 1), synth_dls(), cbs=[AccelerateCB(), MixedPrecision(torch.float32)]).fit()
+    mixed()   # alone, it does no harm
+    with pytest.raises(RuntimeError, match='MixedPrecision would replace what AccelerateCB does'): launch(mixed)
+    with pytest.raises(ValueError, match='does not accumulate gradients'): AccelerateCB(gradient_accumulation_steps=4)
 
 def test_validation_alone():
     def validate():

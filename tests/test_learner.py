@@ -278,3 +278,10 @@ def test_overhead():
         return time.perf_counter() - start
     extra = statistics.median(seconds(learn.fit) - seconds(bare) for _ in range(15)) / len(batches)
     assert extra < 15e-6, f'{extra * 1e6:.1f} µs a batch above a bare loop'
+
+def test_an_attribute_with_the_name_of_an_event():
+    class CountCB(Callback):
+        def before_fit(self, learn): self.step = 0   # an action's name
+    learn = synth_learner([CountCB()])
+    learn.fit()
+    with pytest.raises(TypeError, match='CountCB.step has the name of an event or action, so it must be a method; got 0'): learn.fit()

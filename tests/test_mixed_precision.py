@@ -223,3 +223,9 @@ def test_a_killed_run_goes_on_with_its_scale(start, tmp_path):
     assert last.stdout.read().startswith('batch 2 0')
     a, b = load_state(whole), load_state(pieces)
     assert equal(a, b) and a['scaler']['scale'] < 2**30
+
+def test_two_that_open_autocast():
+    "One inside the other, and closed in the same order, they would leave it open for the rest of the process."
+    learn = Learner(nn.Linear(1, 1), DataLoaders([(torch.ones(2, 1), torch.ones(2, 1))], None), cbs=[TrainCB(), MixedPrecision(torch.bfloat16)])
+    with pytest.raises(ValueError, match='MixedPrecision and AutocastCB would both open autocast'): learn.fit(cbs=[AutocastCB(torch.bfloat16)])
+    assert not torch.is_autocast_enabled('cpu')

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
-from course_lib.callbacks import CheckpointCB, MetricsCB, SingleBatchCB, load_state, lr_find
+from course_lib.callbacks import BatchSchedCB, CheckpointCB, MetricsCB, SingleBatchCB, load_state, lr_find
 from course_lib.data import DataLoaders
 from course_lib.learner import Callback, Learner, Line, TrainCB, synth_dls, synth_learner
 from course_lib.results import compare_times
@@ -229,3 +229,7 @@ def test_plot(monkeypatch):
     assert [t.get_text() for t in ax.texts] == ['Adam', 'SGD'] and moms.get_ylabel() == 'momentum'
     ax, = plot_lr(phased, show_text=False, show_moms=False)
     assert not ax.texts
+
+def test_a_scheduler_beside_phases():
+    with pytest.raises(ValueError, match='a BatchSchedCB would do nothing'):
+        fit_phases(synth_learner([BatchSchedCB(lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, .5))]), [OK])
