@@ -53,7 +53,7 @@ def run_checks(root=ROOT):
 def stop(proc):
     "Interrupt, so that the traceback names the cell; then end the notebook and all its children."
     if proc.pid is None: return   # it never began
-    for sig, wait in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
+    for sig, wait in ((signal.SIGINT, 15), (signal.SIGKILL, None)):   # a busy machine needs seconds for a traceback
         try: os.killpg(proc.pid, sig)
         except (ProcessLookupError, PermissionError): return   # nothing of it is left
         proc.join(wait)
