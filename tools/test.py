@@ -53,7 +53,7 @@ def run_checks(root=ROOT):
 def stop(proc):
     "Interrupt, so that the traceback names the cell; then end the notebook and all its children."
     if proc.pid is None: return   # it never began
-    for sig, wait in ((signal.SIGINT, 15), (signal.SIGKILL, None)):   # a busy machine needs seconds for a traceback
+    for sig, wait in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
         try: os.killpg(proc.pid, sig)
         except (ProcessLookupError, PermissionError): return   # nothing of it is left
         proc.join(wait)
@@ -61,6 +61,7 @@ def stop(proc):
 def one_notebook(path, env, root, log):
     "In a process of its own, and a group of its own: run a notebook as nbdev_test does."
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # what a shell starts in the background ignores it
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     for out in 1, 2: os.dup2(fd, out)
     os.environ.clear()
