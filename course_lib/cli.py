@@ -325,7 +325,7 @@ def run(args):
 
 # %% ../nbs/92_cli.ipynb #047-ba255675
 NEEDED = ('torch torchvision numpy fastcore accelerate einops IPython ipywidgets matplotlib safetensors pooch requests tqdm '
-          'skimage scipy PIL').split()   # the requirements, as they are imported
+          'skimage scipy PIL simplejpeg').split()   # the requirements, as they are imported
 FOR_LESSONS = 'jupyterlab nbdev nbclient nbconvert'.split()
 
 def short(path): return re.sub(f'^{re.escape(str(Path.home()))}(?=/|$)', '~', str(path))

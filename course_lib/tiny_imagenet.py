@@ -25,6 +25,7 @@ import numpy as np
 import requests
 import torch
 from PIL import Image
+from simplejpeg import decode_jpeg
 from tqdm import tqdm
 
 from .core import atomic_path, data_path, out_path
@@ -304,9 +305,9 @@ def decode_tiny(
     name,  # for messages
 ) -> np.ndarray:  # 64x64x3, uint8; ValueError if it doesn't decode or has another size
     "One picture's bytes; grey becomes RGB."
-    with decoding(name):
-        im = Image.open(BytesIO(data))
-        im = np.asarray(im if im.mode == 'RGB' else im.convert('RGB'))   # converting RGB would copy it
+    try: im = decode_jpeg(data)
+    except ValueError:   # another format, damaged, or nothing at all
+        with decoding(name): im = np.asarray(Image.open(BytesIO(data)).convert('RGB'))
     h, w, _ = im.shape
     if (h, w) != (64, 64): raise ValueError(f'{name} should have 64x64 pixels; it has {w}x{h}')
     return im

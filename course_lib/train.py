@@ -32,7 +32,7 @@ from .distributed import AccelerateCB, check_precision, check_share, launch, tra
 from .learner import Callback, Learner
 from .mixed_precision import fast_dtype
 from .results import save_results
-from .tiny_classifier import AUGMENT, MIX, TINY_NETS, TINY_PRESETS, train_tiny
+from .tiny_classifier import AUGMENT, MIX, TINY_NETS, TINY_OPTS, TINY_PRESETS, train_tiny
 
 # %% ../nbs/90_train.ipynb #1e36f440
 GIVEN = 'path', 'cbs'   # arguments that only the entry point gives
@@ -331,7 +331,7 @@ register('ddpm', train_ddpm, {'quick': dict(n_epochs=1, bs=64, n_blocks=1, mixed
                               'large-batch': dict(n_epochs=8, bs=512, lr=1e-2, mixed_precision='auto')})
 register('clothes', train_clothes, {'quick': dict(n_epochs=1), 'longer': dict(n_epochs=5)})
 register('tiny', train_tiny, {k: dict(p, mixed_precision='auto') for k, p in TINY_PRESETS.items()},
-         net=TINY_NETS, augment=AUGMENT, mix=MIX)
+         net=TINY_NETS, augment=AUGMENT, mix=MIX, opt=TINY_OPTS)
 
 # %% ../nbs/90_train.ipynb #3d9f37d0
 def in_columns(

@@ -30,8 +30,8 @@ class BreakCB(Callback):
 def rows(learn): return next(cb for cb in learn.cbs if isinstance(cb, MetricsCB)).rows
 
 
-@pytest.mark.parametrize('settings', [{}, dict(net='basic', augment='trivial', mix='cutmix', erase=True, smoothing=0.)],
-                         ids=['light', 'everything'])
+@pytest.mark.parametrize('settings', [{}, dict(net='basic', augment='trivial', mix='cutmix', erase=True, smoothing=0.), dict(opt='muon', anneal='linear')],
+                         ids=['light', 'everything', 'muon'])
 def test_a_broken_run_goes_on_bit_for_bit(tmp_path, settings):
     settings = SMALL | settings
     whole = train_tiny(**settings)
@@ -109,10 +109,11 @@ def test_presets_name_settings_that_exist():
     for name, settings in TINY_PRESETS.items():
         assert settings.keys() <= signature(train_tiny).parameters.keys(), name
         assert settings.get('net', 'vgg') in TINY_NETS and settings.get('augment', 'light') in tiny.AUGMENT
+        assert settings.get('opt', 'adamw') in tiny.TINY_OPTS
 
 
 @pytest.mark.parametrize('bad, said', [(dict(net='resnet'), "no net 'resnet'; there are vgg"), (dict(mix='blend'), "no mix 'blend'; there are none, mixup"),
-                                       (dict(augment='more'), "no augment 'more'; there are none, light")])
+                                       (dict(augment='more'), "no augment 'more'; there are none, light"), (dict(opt='lion'), "no opt 'lion'; there are adamw, muon")])
 def test_settings_that_do_not_exist_are_refused(bad, said):
     with pytest.raises(ValueError, match=said): train_tiny(**(SMALL | bad))
 

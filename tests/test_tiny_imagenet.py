@@ -2,6 +2,7 @@
 import errno, hashlib, shutil, zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from threading import Thread
 
@@ -147,6 +148,12 @@ def test_the_reference_is_pillow(micro):
     for split in 'train', 'valid':
         for im, (f, y), label in zip(ds[split].ims, getattr(files, split), ds[split].labels, strict=True):
             assert (im.permute(1, 2, 0).numpy() == np.array(Image.open(micro/f).convert('RGB'))).all() and y == label
+
+@pytest.mark.parametrize('form', [dict(format='PNG'), dict(format='JPEG', progressive=True), dict(format='JPEG', quality=95, subsampling=0)], ids=str)
+def test_other_forms_are_read_as_pillow_reads_them(form):
+    im, data = Image.effect_noise((64, 64), 80).convert('RGB'), BytesIO()
+    im.save(data, **form)
+    assert (tiny.decode_tiny(data.getvalue(), 'a picture') == np.array(Image.open(data))).all()
 
 def test_grey_pictures_become_rgb(micro):
     grey = Image.open(micro/VICTIM).convert('L')
