@@ -5,31 +5,33 @@
 # %% auto #0
 __all__ = ['NEWTON_SCHULZ', 'adam_step', 'orthogonalize', 'orthogonal_step', 'Muon']
 
-# %% ../nbs/14_optimizers.ipynb #d5a4218a
+# %% ../nbs/14_optimizers.ipynb #15d61f5c
 import torch
 
 from .core import bf16_is_fast
 
-# %% ../nbs/14_optimizers.ipynb #7abc98ad
+# %% ../nbs/14_optimizers.ipynb #469a4de4
 def adam_step(
     p,      # parameter with a gradient, changed in place
-    state,  # of this parameter: 'n', the step's number from 1 on, and what is kept here
+    state,  # of this parameter, kept from step to step; empty before the first
     group,  # lr, betas, eps
 ):
     "Each number's mean gradient, divided by the root of its mean square (Kingma and Ba, 2014)."
-    (beta, beta2), n = group['betas'], state['n']
-    mean, square = (state.setdefault(k, torch.zeros_like(p)) for k in ('mean', 'square'))
+    if 'square' not in state: state.update(n=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+    state['n'] += 1
+    (beta, beta2), n, mean, square = group['betas'], state['n'], state['mean'], state['square']
     mean.lerp_(p.grad, 1 - beta)
     square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-    size = (square / (1 - beta2**n)).sqrt_().add_(group['eps'])
-    p.addcdiv_(mean, size, value=-group['lr'] / (1 - beta**n))
+    root = (square / (1 - beta2**n)).sqrt_().add_(group['eps'])
+    p.addcdiv_(mean, root, value=-group['lr'] / (1 - beta**n))
 
-# %% ../nbs/14_optimizers.ipynb #4ede251d
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315   # Keller Jordan's
+# %% ../nbs/14_optimizers.ipynb #b52f58a2
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315   # Keller Jordan's, for s, s**3, s**5
 
+# %% ../nbs/14_optimizers.ipynb #85bffc6f
 def orthogonalize(
-    g,        # m x n matrix, floats
-    steps=5,  # of the iteration
+    g,           # m x n matrix, floats
+    ns_steps=5,  # of the iteration
 ) -> torch.Tensor:  # m x n, float32; singular values that were not tiny lie between about .7 and 1.2
     "Nearly the orthogonal matrix next to `g`, by Newton-Schulz steps (Jordan and others, 2024)."
     if g.ndim != 2: raise ValueError(f'orthogonalize takes a matrix; got a tensor of shape {tuple(g.shape)}')
@@ -37,49 +39,64 @@ def orthogonalize(
     x = (g.T if tall else g).to(torch.bfloat16 if bf16_is_fast(g.device) else torch.float32)
     x = x / x.norm().clamp(min=1e-7)   # now no singular value is above 1
     a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
+    for _ in range(ns_steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).float()
 
-# %% ../nbs/14_optimizers.ipynb #c932c08b
+# %% ../nbs/14_optimizers.ipynb #d58569cc
 def orthogonal_step(
     p,      # parameter with a gradient, of two dimensions at least; changed in place
     state,  # of this parameter
-    group,  # lr, betas, steps
+    group,  # lr, betas, ns_steps
 ):
     "The mean gradient as a matrix, made orthogonal; about as long as a step of Adam (Liu and others, 2025)."
-    beta = group['betas'][0]
-    mean = state.setdefault('mean', torch.zeros_like(p)).lerp_(p.grad, 1 - beta)
-    ahead = p.grad.lerp(mean, beta).flatten(1)   # as Nesterov: as if the next mean were known
-    step = orthogonalize(ahead, group['steps'])
+    if 'mean' not in state: state['mean'] = torch.zeros_like(p)
+    beta, mean = group['betas'][0], state['mean']
+    mean.lerp_(p.grad, 1 - beta)
+    ahead = p.grad.lerp(mean, beta).flatten(1)   # the next mean, should the next gradient be like this one (Nesterov)
+    step = orthogonalize(ahead, group['ns_steps'])
     p.add_(step.reshape_as(p), alpha=-group['lr'] * .2 * max(step.shape)**.5)
 
-# %% ../nbs/14_optimizers.ipynb #7c8bcb75
+# %% ../nbs/14_optimizers.ipynb #e3760312
+def _check(group):
+    lr, wd, betas, min_ndim = (group[k] for k in ('lr', 'weight_decay', 'betas', 'min_ndim'))
+    if min_ndim < 2: raise ValueError(f'a matrix has two dimensions at least; got min_ndim={min_ndim}')
+    if min(lr, wd) < 0: raise ValueError(f"lr and weight_decay can't be negative; got {lr} and {wd}")
+    if not all(0 <= beta < 1 for beta in betas): raise ValueError(f'betas should lie in [0,1); got {betas}')
+    if any(p.is_complex() for p in group['params']): raise ValueError('Muon takes real parameters only; one is complex')
+
+# %% ../nbs/14_optimizers.ipynb #a833c8cb
 class Muon(torch.optim.Optimizer):
-    "Orthogonal steps for the kernels of convolutions, AdamW's for all else (Jordan and others, 2024)."
+    "Orthogonal steps for what has `min_ndim` dimensions, as kernels have; AdamW's for all else (Jordan and others, 2024)."
     def __init__(
         self,
         params,             # parameters, or groups of them
-        lr=1e-3,            # as for AdamW
+        lr=3e-3,            # of the size that AdamW takes
         betas=(.95, .999),  # share that is kept: of the mean gradient, and of the mean square (AdamW's only)
         eps=1e-8,           # AdamW's
         weight_decay=.01,   # decoupled, as AdamW's
-        steps=5,            # of Newton and Schulz
-        min_ndim=3,         # what has so many dimensions, or more, is a matrix; 2: linear layers, too
+        ns_steps=5,         # of Newton and Schulz, see `orthogonalize`
+        min_ndim=3,         # 2: linear layers, too
     ):
-        if min_ndim < 2: raise ValueError(f'a matrix has two dimensions at least; got min_ndim={min_ndim}')
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, steps=steps, min_ndim=min_ndim))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ns_steps=ns_steps, min_ndim=min_ndim))
+
+    def add_param_group(self, group):   # called for each group, at the beginning as well
+        super().add_param_group(group)
+        _check(self.param_groups[-1])
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(
+        self,
+        closure=None,  # computes the loss anew, and its gradients
+    ):  # what the closure returns
+        "One step of all parameters that have a gradient."
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         for group in self.param_groups:
-            for p in (p for p in group['params'] if p.grad is not None):
-                state = self.state[p]
-                state['n'] = state.get('n', 0) + 1
+            for p in group['params']:
+                if p.grad is None: continue
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                (orthogonal_step if p.ndim >= group['min_ndim'] else adam_step)(p, state, group)
+                (orthogonal_step if p.ndim >= group['min_ndim'] else adam_step)(p, self.state[p], group)
         return loss

@@ -306,7 +306,7 @@ def decode_tiny(
 ) -> np.ndarray:  # 64x64x3, uint8; ValueError if it doesn't decode or has another size
     "One picture's bytes; grey becomes RGB."
     try: im = decode_jpeg(data)
-    except ValueError:   # another format, damaged, or nothing at all
+    except (ValueError, MemoryError):   # another format, damaged, empty; or it claims to be huge
         with decoding(name): im = np.asarray(Image.open(BytesIO(data)).convert('RGB'))
     h, w, _ = im.shape
     if (h, w) != (64, 64): raise ValueError(f'{name} should have 64x64 pixels; it has {w}x{h}')

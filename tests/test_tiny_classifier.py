@@ -40,6 +40,8 @@ def test_a_broken_run_goes_on_bit_for_bit(tmp_path, settings):
     resumed = train_tiny(path, **settings)
     assert rows(resumed) == rows(whole)
     for name, w in whole.model.state_dict().items(): assert torch.equal(w, resumed.model.state_dict()[name]), name
+    assert type(resumed.opt) is tiny.TINY_OPTS[settings.get('opt', 'adamw')]
+    assert (resumed.opt.param_groups[0]['eps'], resumed.opt.param_groups[0]['weight_decay']) == (1e-5, .02)
 
 
 def test_kept_weights_are_the_trained_ones(tmp_path):

@@ -149,11 +149,27 @@ def test_the_reference_is_pillow(micro):
         for im, (f, y), label in zip(ds[split].ims, getattr(files, split), ds[split].labels, strict=True):
             assert (im.permute(1, 2, 0).numpy() == np.array(Image.open(micro/f).convert('RGB'))).all() and y == label
 
-@pytest.mark.parametrize('form', [dict(format='PNG'), dict(format='JPEG', progressive=True), dict(format='JPEG', quality=95, subsampling=0)], ids=str)
+def noisy(seed=0): return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+@pytest.mark.parametrize('form', [dict(format='PNG'), dict(format='JPEG', progressive=True), dict(format='JPEG', quality=95, subsampling=0), dict(format='JPEG', quality=30)], ids=str)
 def test_other_forms_are_read_as_pillow_reads_them(form):
-    im, data = Image.effect_noise((64, 64), 80).convert('RGB'), BytesIO()
-    im.save(data, **form)
+    data = BytesIO()
+    noisy().save(data, **form)
     assert (tiny.decode_tiny(data.getvalue(), 'a picture') == np.array(Image.open(data))).all()
+
+def test_printers_colours_are_read_nearly_as_pillow_reads_them():
+    data = BytesIO()
+    noisy().convert('CMYK').save(data, format='JPEG')
+    wanted = np.array(Image.open(data).convert('RGB')).astype(int)
+    assert abs(tiny.decode_tiny(data.getvalue(), 'a picture') - wanted).max() <= 1
+
+def test_a_picture_that_claims_to_be_huge_is_named(monkeypatch):
+    def no_memory(data): raise MemoryError
+    monkeypatch.setattr(tiny, 'decode_jpeg', no_memory)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    data = BytesIO()
+    noisy().save(data, format='JPEG')
+    with pytest.raises(ValueError, match='^the victim is damaged or cut short'): tiny.decode_tiny(data.getvalue(), 'the victim')
 
 def test_grey_pictures_become_rgb(micro):
     grey = Image.open(micro/VICTIM).convert('L')
