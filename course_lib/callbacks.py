@@ -191,7 +191,10 @@ class BatchSchedCB(Callback):
         if learn.trains: self.sched = self.sched_func(learn.opt)
     def after_step(self, learn): self.sched.step()
     def state_dict(self): return self.sched.state_dict()
-    def load_state_dict(self, state): self.sched.load_state_dict(state)
+    def load_state_dict(self, state):
+        there, here = state.get('total_steps'), getattr(self.sched, 'total_steps', None)
+        if there != here: raise ValueError(f'the schedule in the file has {there} steps, this one {here}: go on with as many epochs and batches as before, or take another path')
+        self.sched.load_state_dict(state)
 
 # %% ../nbs/11_callbacks.ipynb #064-4a1dd8c2
 def in_notebook() -> bool:
@@ -352,8 +355,10 @@ class StopOnNonFiniteCB(Callback):
 def generators(
     dls,    # `DataLoaders`; .valid may be None
 ) -> list:
-    "The random number generators that loaders have for themselves."
-    return [g for dl in (dls.train, dls.valid) if (g := getattr(dl, 'generator', None)) is not None]
+    "The random number generators that loaders, or their samplers, have for themselves."
+    owners = [o for dl in (dls.train, dls.valid) for o in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None))]
+    found = [g for o in owners if (g := getattr(o, 'generator', None)) is not None]
+    return list({id(g): g for g in found}.values())   # a loader shares its generator with its sampler
 
 def rng_state(
     dls=None,  # loaders that may have a generator of their own
@@ -452,8 +457,9 @@ def halfway(
     losses,  # one for each; the last one blew up
 ) -> float:
     "The rate at which the smoothed loss has fallen half of its way."
-    if len(losses) < 6: raise ValueError(f'the loss never fell in {len(losses)} batches; begin with a smaller start_lr')
+    if len(losses) < 6: raise ValueError(f'{len(losses)} batches are too few to see where the loss falls; begin with a smaller start_lr, or allow more batches')
     smooth = running_mean(losses[:-1])
+    if not smooth.argmin(): raise ValueError(f'the smoothed loss never fell in {len(losses)} batches; begin with a smaller start_lr')
     falling = smooth[:smooth.argmin() + 1]
     return lrs[2 + int(np.flatnonzero(falling >= (falling[0] + falling[-1]) / 2)[-1])]   # 2: the middle of five
 
@@ -607,7 +613,7 @@ def load_checkpoint(
 
 # %% ../nbs/11_callbacks.ipynb #154-ce110b09
 class CheckpointCB(Callback):
-    "Save everything at the end of each epoch; a new fit with the same path goes on where the file stops."
+    "Save everything at the end of each epoch; a new fit with the same path goes on where the file stops, with its learning rate."
     order = 1000   # after all others have said what they have to say
     side_fits = False
     def __init__(

@@ -6,8 +6,8 @@
 __all__ = ['PICTURES', 'SETTINGS', 'TEMPLATE', 'NEEDED', 'FOR_LESSONS', 'outputs', 'same_file', 'writable', 'human', 'writing',
            'at_least', 'layer_weights', 'style', 'paint', 'style_options', 'lesson_path', 'CellFailed', 'RunBar',
            'CtrlC', 'client_for', 'execute', 'first_line', 'data_url', 'relink', 'directives', 'as_shown', 'html_page',
-           'leave', 'opening', 'run', 'short', 'findings', 'machine_findings', 'doctor', 'state', 'data', 'train',
-           'bench', 'parser', 'spoken_warnings', 'sentence', 'main']
+           'leave', 'opening', 'run', 'short', 'findings', 'machine_findings', 'doctor', 'converted', 'state', 'data',
+           'train', 'bench', 'parser', 'spoken_warnings', 'sentence', 'main']
 
 # %% ../nbs/92_cli.ipynb #003-0ff1979c
 import argparse, asyncio, base64, math, mimetypes, os, re, shutil, signal, sys, warnings
@@ -22,17 +22,18 @@ PICTURES = '.png', '.jpg', '.jpeg', '.webp'
 def outputs(
     out,     # the picture to write; None: named after the two pictures, here
     *given,  # the pictures given, as names or paths: never written over
+    film=True,  # write one, too
 ) -> tuple:  # paths (picture, film)
     "Where the painting and its film go, refused while nothing has been done yet."
     from course_lib.pictures import picture_path
     picture = Path(out or f'{"-".join(Path(o).stem for o in given)}.png').expanduser()
     if picture.suffix.lower() not in PICTURES: raise ValueError(f"a picture ends in {', '.join(PICTURES)}; got --out {out}")
-    film = picture.with_name(f'{picture.stem}-film.webp') if picture.suffix.lower() == '.webp' else picture.with_suffix('.webp')
+    clip = picture.with_name(f'{picture.stem}-film.webp') if picture.suffix.lower() == '.webp' else picture.with_suffix('.webp')
     kept = [picture_path(o) for o in given]
-    for path in picture, film:
+    for path in (picture, clip) if film else (picture,):
         if path.is_dir(): raise IsADirectoryError(f'{path} is a folder; --out names a file')
         if any(same_file(path, o) for o in kept): raise ValueError(f'{path} is a picture you gave, and would be written over; choose another --out')
-    return picture, film
+    return picture, clip
 
 def same_file(a, b): return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
@@ -93,7 +94,7 @@ def style(args):
     from course_lib.pictures import find_picture
     from course_lib.show import save_film
     from course_lib.style_transfer import transfer
-    picture, film = outputs(args.out, args.content, args.style)
+    picture, film = outputs(args.out, args.content, args.style, film=args.film)
     content, style = find_picture(args.content, args.size, min_size=32), find_picture(args.style, args.style_size or args.size, min_size=32)
     writable(picture.parent)
     backbone = load_backbone(args.backbone)   # may download half a gigabyte: the last of the checks but one
@@ -325,7 +326,7 @@ def run(args):
 
 # %% ../nbs/92_cli.ipynb #047-ba255675
 NEEDED = ('torch torchvision numpy fastcore accelerate einops IPython ipywidgets matplotlib safetensors pooch requests tqdm '
-          'skimage scipy PIL simplejpeg').split()   # the requirements, as they are imported
+          'skimage scipy PIL simplejpeg filelock').split()   # the requirements, as they are imported
 FOR_LESSONS = 'jupyterlab nbdev nbclient nbconvert'.split()
 
 def short(path): return re.sub(f'^{re.escape(str(Path.home()))}(?=/|$)', '~', str(path))
@@ -367,11 +368,15 @@ def doctor(args):
     return int(any(what == 'packages' and todo for what, _, todo in rows))
 
 # %% ../nbs/92_cli.ipynb #048-82d27e68
+def converted(name):
+    "Where the weights lie that were made of a download, or None."
+    from course_lib.features import RECIPES
+    return next((r.path for r in RECIPES.values() if r.download.name == name and r.path.exists()), None)
+
 def state(name):
     "'here', '-' or 'damaged'."
     from course_lib.data import find
-    from course_lib.features import RECIPES
-    if any(r.download.name == name and r.path.exists() for r in RECIPES.values()): return 'here'
+    if converted(name): return 'here'
     try: return 'here' if find(name) else '-'
     except ValueError: return 'damaged'
 
@@ -380,7 +385,7 @@ def data(args):
     from course_lib.data import registry
     from course_lib.tiny_imagenet import fetch_resumed
     import course_lib.features   # registers what it needs, as the line before does
-    if args.name: print(fetch_resumed(args.name))
+    if args.name: print(converted(args.name) or fetch_resumed(args.name))
     for name, f in sorted(registry().items()) if not args.name else ():
         print(f'{state(name):8}{human(f.size):>9}  {name}  ({f.licence}{"; " + f.note if f.note else ""})')
     return 0

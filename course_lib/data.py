@@ -10,6 +10,7 @@ __all__ = ['fashion_names', 'OUTLINES', 'IDX_TYPES', 'DataLoaders', 'get_dls', '
 # %% ../nbs/02_data.ipynb #003-e1ed9cee
 import gzip, hashlib, re, struct, zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +31,19 @@ class DataLoaders:
 
 # %% ../nbs/02_data.ipynb #027-424001bd
 def get_dls(
-    train_ds,       # data set to train on; shuffled anew in each epoch
-    valid_ds,       # data set to validate on, in its own order; or None
-    bs,             # items in a training batch; a validation batch has twice as many
-    num_workers=0,  # processes that load; 0: this one
-    **kw,           # for both loaders: collate_fn, drop_last, generator ...
+    train_ds,         # data set to train on; shuffled anew in each epoch
+    valid_ds,         # data set to validate on, in its own order; or None
+    bs,               # items in a training batch; a validation batch has twice as many
+    num_workers=0,    # processes that load; 0: this one
+    drop_last=False,  # leave out a last training batch that is not full; validation leaves out nothing
+    **kw,             # for both loaders: collate_fn, generator ...
 ) -> DataLoaders:
     "Loaders for training and validation."
     if not len(train_ds): raise ValueError('get_dls needs at least one item to train on; the training set is empty')
-    valid = None if valid_ds is None else DataLoader(valid_ds, batch_size=2 * bs, num_workers=num_workers, **kw)
-    return DataLoaders(DataLoader(train_ds, batch_size=bs, shuffle=True, num_workers=num_workers, **kw), valid)
+    if drop_last and len(train_ds) < bs: raise ValueError(f'drop_last leaves nothing to train on: {len(train_ds)} items make no batch of {bs}')
+    loader = partial(DataLoader, num_workers=num_workers, **kw)
+    valid = None if valid_ds is None else loader(valid_ds, batch_size=2 * bs)
+    return DataLoaders(loader(train_ds, batch_size=bs, shuffle=True, drop_last=drop_last), valid)
 
 # %% ../nbs/02_data.ipynb #043-2f8b4966
 def _own(o): return o.clone() if isinstance(o, torch.Tensor) else o
@@ -214,6 +218,7 @@ class DataFile:
             raise ValueError(f'{self.name}: sha256 should be 8 to 64 hex digits in lower case; got {self.sha256!r}')
         if isinstance(self.urls, str):
             raise ValueError(f'{self.name}: urls should be a tuple of addresses; got one text, {self.urls!r}')
+        object.__setattr__(self, 'urls', tuple(self.urls))   # a frozen file is asked for by its hash
         if self.name.startswith('/') or '..' in self.name.split('/'):
             raise ValueError(f'{self.name}: the name should lead to a place below the data folder')
     @property

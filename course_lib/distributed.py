@@ -288,8 +288,10 @@ class AccelerateCB(DealCB, TrainCB):
         super().__init__(n_inp)
         device = default_device()
         check_precision(mixed_precision, device)
+        if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)   # alone, Accelerate takes the current one
         handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)), *kw.pop('kwargs_handlers', ())]
         self.acc = Accelerator(cpu=device.type == 'cpu', mixed_precision=mixed_precision, kwargs_handlers=handlers, **kw)
+        if (asked := int(os.environ.get('WORLD_SIZE', 1))) != self.acc.num_processes: raise ValueError(f'{asked} processes were started, and Accelerate joins {self.acc.num_processes} on {device.type}; COURSE_DEVICE=cpu joins them')
         if self.acc.gradient_accumulation_steps != 1: raise ValueError('AccelerateCB steps after every batch; it does not accumulate gradients')
         self.rank, self.n, self.held, self.opt, self.stepped = self.acc.process_index, self.acc.num_processes, None, None, True
     def before_fit(self, learn):

@@ -65,9 +65,10 @@ def summarise(
 ) -> Summary:  # ValueError for none, or for one that isn't finite
     "Number, mean, spread and range."
     values = _finite(values, 'summarise')
-    n, mean = len(values), math.fsum(values) / len(values)
+    n, low, high = len(values), min(values), max(values)
+    mean = min(max(math.fsum(values) / n, low), high)   # of equal values, these, and no spread of rounding errors
     sd = math.sqrt(math.fsum((v - mean)**2 for v in values) / (n - 1)) if n > 1 else math.nan
-    return Summary(n, mean, sd, min(values), max(values))
+    return Summary(n, mean, sd, low, high)
 
 # %% ../nbs/05_results.ipynb #031-2793881f
 @dataclass(frozen=True)

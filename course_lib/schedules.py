@@ -113,8 +113,9 @@ class TrainingPhase:
         check_numbers('momentum', [v for s in self.momenta for v in s], high=1)
         check_numbers('beta', [] if self.beta is None else [self.beta], high=1)
         check_numbers('wd', self.wds)
-        if decay_func(self.lr_decay) is exponential and min(v for s in self.lrs for v in s) == 0:
-            raise ValueError(f'an exponential decay neither begins nor ends at 0; give lr=(start, end), both above; got {self.lr!r}')
+        for name, decay, pairs in ('lr', self.lr_decay, self.lrs), ('momentum', self.momentum_decay, self.momenta):
+            if decay_func(decay) is exponential and any(0 in pair for pair in pairs):
+                raise ValueError(f'an exponential decay neither begins nor ends at 0; give {name}=(start, end), both above; got {getattr(self, name)!r}')
         if self.decoupled_wd and self.wd is None: raise ValueError('decoupled_wd needs a wd')
     @property
     def lrs(self): return spans('lr', self.lr, self.lr_decay, end=0.)
@@ -301,7 +302,8 @@ class RatesCB(Callback):
     "Keep rate and momentum of each parameter group in every training batch."
     order = 10
     side_fits = False
-    def before_fit(self, learn): self.lrs, self.moms = ([[] for _ in learn.opt.param_groups] for _ in range(2))
+    def before_fit(self, learn):
+        if learn.trains: self.lrs, self.moms = ([[] for _ in learn.opt.param_groups] for _ in range(2))
     def after_batch(self, learn):
         if not learn.training: return
         for group, lrs, moms in zip(learn.opt.param_groups, self.lrs, self.moms):
@@ -334,7 +336,7 @@ class StopDivCB(Callback):
 def fit_phases(
     learn,               # a Learner
     phases,              # `TrainingPhase`s
-    data_list=None,      # `DataLoaders` for each phase; None: the learner's for all
+    data_list=None,      # `DataLoaders` for each phase, of which one without .valid takes the learner's; None: the learner's for all
     stop_div=False,      # stop when the loss diverges, see `StopDivCB`
     groups=whole_model,  # function model -> its parts, modules: one for each parameter group
     valid=True,          # validate after each epoch
@@ -342,6 +344,8 @@ def fit_phases(
 ) -> PhaseCB:            # its .rates has .lrs and .moms: for each group, one number a batch
     "Train through the phases in one fit."
     phased = PhaseCB(phases, data_list, groups)
+    if valid and learn.dls.valid is None and any(dls.valid is not None for dls in data_list or ()):
+        raise ValueError('the learner has no validation set, so those of data_list would never be used; give it one, or say valid=False')
     stop = [StopDivCB()] if stop_div else []
     learn.fit(len(phased.plan(learn)[1]), valid=valid, cbs=[phased, phased.rates, *stop, *cbs])
     return phased

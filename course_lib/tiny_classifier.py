@@ -47,7 +47,7 @@ def tiny_vgg(
 def tiny_res(
     n_blocks,        # how many in each stage; each stage halves the picture and doubles the channels
     width=32,        # channels of the stem
-    block=ResBlock,  # or PreActBlock
+    block=ResBlock,  # or PreActBlock, MeanSkipBlock
     drop=.1,         # share of the pooled features that dropout hides
     n_classes=200,
     stride=1,        # of the stem; 2 halves the picture there already
@@ -80,6 +80,7 @@ TINY_NETS = dict(vgg=tiny_vgg, small=partial(tiny_res, (1, 2, 1)),
                  compact=partial(tiny_res, (2, 3), width=64, stride=2),
                  compact_preact=partial(tiny_res, (2, 3), width=64, stride=2, block=PreActBlock),
                  compact_mean=partial(tiny_res, (2, 3), width=64, stride=2, block=MeanSkipBlock),
+                 compact_4x4=partial(tiny_res, (2, 2, 1), width=64, stride=2, block=MeanSkipBlock),
                  basic=partial(tiny_res, (1, 1, 1, 1, 1)), deeper=partial(tiny_res, (3, 2, 2, 1, 1)),
                  preact=partial(tiny_res, (4, 3, 3, 2, 1), block=PreActBlock),
                  record=partial(tiny_res, (3, 3, 2, 2, 1), block=PreActBlock))
@@ -227,7 +228,7 @@ def train_tiny(
     tune_malloc()
     model, (mean, std) = tiny_net(net, width), tiny_stats()
     model = model.to(memory_format=safe_layout(model))
-    if compiled: model.compile(dynamic=True)   # in place: the names of the weights stay; for all sizes at once
+    if compiled: model.compile(dynamic=grow or None)   # in place: the names of the weights stay; when pictures grow, for all sizes at once
     dls = tiny_dls(bs, n_items)
     batches = TinyBatchCB(mean.tolist(), std.tolist(), augment, mix, erase, grow)
     sched = partial(OneCycleLR, max_lr=lr, total_steps=n_epochs * len(dls.train), anneal_strategy=anneal)
@@ -245,6 +246,8 @@ TINY_PRESETS = {'vgg': {}, 'small': dict(net='small', n_epochs=11, lr=6e-3, wd=.
                 'two-hours': dict(net='compact_preact', n_epochs=30, lr=6e-3, wd=.05, augment='half'),
                 'two-hours-2': dict(net='compact_mean', n_epochs=33, lr=6e-3, wd=.05, augment='half', erase=True),
                 'two-hours-3': dict(net='compact_mean', n_epochs=15, lr=.01, wd=.05, augment='half', erase=True,
+                                    anneal='linear', opt='muon'),
+                'two-hours-4': dict(net='compact_4x4', n_epochs=14, lr=.015, wd=.05, augment='half', erase=True,
                                     anneal='linear', opt='muon'),
                 'basic': dict(net='basic', n_epochs=25, lr=.1, **_full),
                 'deeper': dict(net='deeper', n_epochs=25, lr=.03, **_full),

@@ -12,6 +12,7 @@ __all__ = ['FIGURES', 'WEAVES', 'TINY_ZIP', 'DAMAGED', 'TINY_SIZES', 'SHAPE', 'P
 import errno, json, os, shutil, signal, sys, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob
@@ -24,6 +25,7 @@ from threading import Thread
 import numpy as np
 import requests
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from simplejpeg import decode_jpeg
 from tqdm import tqdm
@@ -147,15 +149,31 @@ def _append(part, url, file, progress):
 
 def _part(file): return file.path.with_name(f'.{file.path.name}.part')
 
+@contextmanager
+def _alone(part, progress):
+    "No two processes write to one file: the second one waits. (When one is killed, the system releases its lock.)"
+    lock = FileLock(f'{part}.lock')
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        if progress: print(f'another process is writing {part.name}: waiting for it')
+        lock.acquire()
+    try: yield
+    finally:
+        with suppress(OSError): os.unlink(lock.lock_file)   # else it stays on Unix; Windows refuses, and removes it by itself
+        lock.release()
+
 def _complete(url, file, progress):
     part = _part(file)
     part.parent.mkdir(parents=True, exist_ok=True)
-    if not part.exists() or part.stat().st_size < file.size: _append(part, url, file, progress)
-    try: check_file(part, file)
-    except ValueError:
-        part.unlink()   # it came to its end and is wrong: no rest could mend it
-        raise
-    os.replace(part, file.path)
+    with _alone(part, progress):
+        while not file.path.exists():   # else another process was quicker
+            old = part.exists()   # from an earlier attempt, perhaps from another address
+            if not old or part.stat().st_size < file.size: _append(part, url, file, progress)
+            try: check_file(part, file)
+            except ValueError:
+                part.unlink()   # it came to its end and is wrong: no rest could mend it
+                if not old: raise
+            else: os.replace(part, file.path)
 
 # %% ../nbs/50_tiny_imagenet.ipynb #b86e6d5f
 def fetch_resumed(
@@ -376,7 +394,7 @@ def _work(part, folder): return decode_part(_files, part, folder)
 
 def _decoded(files, parts, folder, procs):
     "Yield (part, checksum, messages) in the order in which they get done."
-    method = 'fork' if sys.platform == 'linux' else 'spawn'
+    method = 'fork' if sys.platform == 'linux' and not torch.cuda.is_initialized() else 'spawn'   # CUDA takes no fork
     if procs == 1 or len(parts) < 2 or (method == 'spawn' and _work.__module__ == '__main__'):
         for part in parts: yield part, *decode_part(files, part, folder)
         return

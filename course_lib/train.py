@@ -242,6 +242,8 @@ def keep(
     cb,     # its RunCB
 ):
     "Write the table of a run; that of an unchanged preset also among the course's results."
+    if bad := [k for k, v in outcome(learn).items() if not math.isfinite(v)]:
+        raise ValueError(f'the training came to no number: {", ".join(bad)}; begin anew with --fresh and a smaller lr')
     settings = {k: str(v) if isinstance(v, tuple) else v for k, v in run.settings.items()}
     procs = ', then '.join(map(str, cb.procs))
     row = dict(preset=run.preset) | settings | outcome(learn) | dict(processes=procs)
@@ -391,7 +393,7 @@ def start(
     "Start processes on this machine that do a run together."
     check(run.settings, procs)
     if not fresh: epochs_done(run)   # both again in each process; here they can be answered in one sentence
-    gpus = torch.cuda.device_count() if default_device().type == 'cuda' else procs
+    gpus = dict(cuda=torch.cuda.device_count(), cpu=procs).get(default_device().type, 1)
     if procs > gpus: raise ValueError(f'{procs} processes need {procs} GPUs, and the number here is {gpus}; '
                                       'COURSE_DEVICE=cpu trains on the processor')
     try: launch(_train_quietly, run, fresh, procs, n_procs=procs, start='spawn')

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nbclient import NotebookClient
 from torch import nn
 
-from course_lib.callbacks import (BatchSchedCB, DeviceCB, MetricsCB, ProgressCB, RecorderCB, TextView, rng_state,
+from course_lib.callbacks import (BatchSchedCB, DeviceCB, MetricsCB, ProgressCB, RecorderCB, TextView, halfway, rng_state,
                                   set_rng_state)
 from course_lib.data import DataLoaders
 from course_lib.learner import Learner, TrainCB
@@ -169,3 +169,7 @@ def test_random_numbers_of_another_machine():
     before = torch.rand(3)
     set_rng_state(state | dict(mps=[torch.zeros(8, dtype=torch.uint8)], cuda=state['cuda'] + [torch.zeros(16, dtype=torch.uint8)]))
     assert torch.equal(torch.rand(3), before)
+
+def test_a_loss_that_only_rose_has_no_halfway():
+    with pytest.raises(ValueError, match='never fell in 10 batches'): halfway(range(10), [1, 1.1, 1.2, 1.4, 1.8, 2.5, 3, 3.5, 5, 9])
+    with pytest.raises(ValueError, match='5 batches are too few'): halfway(range(5), [5, 4, 3, 2, 1])

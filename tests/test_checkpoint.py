@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from course_lib.callbacks import CheckpointCB, load_state, save_state
+from course_lib.callbacks import BatchSchedCB, CheckpointCB, load_state, save_state
 from course_lib.core import set_seed
 from course_lib.data import DataLoaders
 from course_lib.learner import Callback, Learner, TrainCB, synth_dls
@@ -130,3 +130,26 @@ def test_validating_does_not_touch_the_checkpoint(tmp_path):
     saved = path.read_bytes()
     learn.fit(1, train=False)
     assert path.read_bytes() == saved
+
+def test_a_sampler_with_a_generator_of_its_own(tmp_path):
+    def fit(n_epochs, *cbs):
+        set_seed(1)
+        sampler = torch.utils.data.RandomSampler(range(12), generator=torch.Generator().manual_seed(5))
+        seen = SeenCB()
+        x = torch.arange(12.)[:, None]
+        Learner(nn.Linear(1, 1), DataLoaders(DataLoader(TensorDataset(x, x), 4, sampler=sampler), None), lr=1e-4, cbs=[TrainCB(), seen, *cbs]).fit(n_epochs)
+        return seen.items
+    path = tmp_path/'run.safetensors'
+    whole, begun, rest = fit(3), fit(1, CheckpointCB(path)), fit(3, CheckpointCB(path))
+    assert begun + rest == whole and whole[:12] != whole[12:24] != whole[24:]
+
+def test_a_schedule_of_another_length_is_refused(tmp_path):
+    def fit(n_epochs):
+        sched = BatchSchedCB(lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, .01, total_steps=n_epochs * 10))
+        Learner(nn.Linear(1, 1), synth_dls(), cbs=[TrainCB(), sched, CheckpointCB(tmp_path/'run.safetensors')]).fit(n_epochs)
+    fit(1)
+    with pytest.raises(ValueError, match='the schedule in the file has 10 steps, this one 20'): fit(2)
+
+class SeenCB(Callback):
+    def __init__(self): self.items = []
+    def before_batch(self, learn): self.items += learn.batch[0].flatten().tolist()

@@ -1,12 +1,13 @@
 "The command `course`: bad input meets a sentence and an exit code, and what is left behind is whole."
 import html, http.server, inspect, json, os, re, resource, signal, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from course_lib import cli, data
+from course_lib import cli, data, features
 
 FAST = ['--size', '48', '--steps', '2', '--backbone', 'course_vgg', '--quiet']
 posix = pytest.mark.skipif(os.name != 'posix', reason='signals and limits are different on Windows')
@@ -192,6 +193,12 @@ def test_the_same_seed_paints_the_same(course):
     for name in 'a.png', 'b.png': assert course('style', 'chelsea', 'night', *FAST, '--start', 'noise', '--no-film', '--out', name)[0] == 0
     assert left() == ['a.png', 'b.png'] and Path('a.png').read_bytes() == Path('b.png').read_bytes()
 
+def test_no_film_is_in_nobody_s_way(tmp_path):
+    given, out = tmp_path/'me.webp', tmp_path/'me.png'
+    given.touch()
+    assert cli.outputs(out, given, 'night', film=False)[0] == out
+    with pytest.raises(ValueError, match='me.webp is a picture you gave'): cli.outputs(out, given, 'night')
+
 
 # --- a full disk, a bad download, Ctrl-C
 
@@ -248,6 +255,13 @@ def test_a_damaged_copy_is_named_and_kept(course, served):
     code, _, err = course('data', 'probe/p.bin')
     assert code == 1 and f'delete {served[1].path}' in err and served[1].path.read_bytes() == b'wrong'
     assert re.search(r'^damaged +5.0 bytes  probe/p.bin', course('data')[1], re.M)
+
+def test_what_was_made_of_a_download_is_not_fetched_again(course, served, monkeypatch, tmp_path):
+    made = tmp_path/'made.safetensors'
+    made.touch()
+    monkeypatch.setitem(features.RECIPES, 'probe', SimpleNamespace(download=served[1], path=made))
+    code, out, _ = course('data', 'probe/p.bin')
+    assert (code, out.strip()) == (0, str(made)) and not served[1].path.exists()
 
 def test_unknown_data(course):
     code, _, err = course('data', 'everything')

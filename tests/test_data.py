@@ -191,3 +191,7 @@ def test_bad_gzip(tmp_path, content):
 
 def test_missing_idx(tmp_path):
     with pytest.raises(FileNotFoundError): data.read_idx(tmp_path/'x.gz')
+
+def test_addresses_in_a_list():
+    file = data.DataFile('net', ['a', 'b'], '0' * 8, 1, 'none')
+    assert file.urls == ('a', 'b') and hash(file)

@@ -352,3 +352,16 @@ def test_a_signal_ends_all(how, code):
         os.killpg(p.pid, how)
         said, _ = p.communicate(timeout=60)
     assert (p.returncode, said) == (code, 'interrupted\n' if how == signal.SIGINT else '')
+
+def test_a_gpu_asked_for_by_number(monkeypatch):
+    "Accelerate alone trains on the current GPU, so the one that was asked for has to be that."
+    chosen = []
+    monkeypatch.setenv('COURSE_DEVICE', 'cuda:1')
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr('course_lib.distributed.Accelerator', lambda **kw: chosen.append('Accelerator') or 1 / 0)   # here is no GPU to go on with
+    with pytest.raises(ZeroDivisionError): AccelerateCB()
+    assert chosen == [torch.device('cuda:1'), 'Accelerator']
+
+def test_processes_that_accelerate_does_not_join(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')   # as on a Mac, where each would train by itself
+    with pytest.raises(ValueError, match='2 processes were started, and Accelerate joins 1 on cpu'): AccelerateCB()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from course_lib.core import assets_path
+from course_lib.core import assets_path, default_device
 from course_lib.fid import (Judge, check_ends, classifier, ends_of, fashion_heap, fid, frechet, kid, load_judge, look, mmd,
                             moments, save_classifier)
 
@@ -129,7 +129,7 @@ def test_saved_classifier_comes_back(tmp_path):
     back = load_judge(path)
     assert back.span == (0, 1) and back.card['bytes'] == path.stat().st_size
     x = torch.rand(3, 1, 32, 32)
-    assert torch.allclose(back.model(x), model.eval()(x), atol=.02)
+    assert torch.allclose(back.model(x.to(default_device())).cpu(), model.eval()(x), atol=.02)
 
 
 def test_wrong_fingerprint_is_refused(tmp_path):

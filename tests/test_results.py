@@ -87,3 +87,7 @@ def test_check_may_raise():
 @pytest.mark.parametrize('fns, rounds', [({}, 7), ({'a': int}, 0)])
 def test_nothing_to_time(fns, rounds):
     with pytest.raises(ValueError, match='a function and a round at least'): results.compare_times(fns, rounds=rounds, check=None)
+
+def test_equal_repeats_have_no_spread():
+    s = results.summarise([.7, .7, .7])
+    assert (s.mean, s.sd) == (.7, 0) and str(s) == '0.7 (n=3)'

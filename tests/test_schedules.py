@@ -88,7 +88,7 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     (TypeError, dict(opt_fn='SGD')), (ValueError, dict(lr=-1)), (ValueError, dict(lr=math.nan)), (ValueError, dict(lr='big')), (ValueError, dict(lr=(.1, .2))), (ValueError, dict(lr=(.1,), lr_decay='linear')),
     (ValueError, dict(lr=(.1, .2, .3), lr_decay='linear')), (ValueError, dict(lr=[.1, (.1, -1)], lr_decay='linear')), (ValueError, dict(lr_decay='cosin')), (ValueError, dict(lr_decay=None)),
     (ValueError, dict(lr=(0., .1), lr_decay='exponential')), (ValueError, dict(lr=.1, lr_decay='exponential')), (ValueError, dict(momentum=1)), (ValueError, dict(momentum=(.9, .8))),
-    (ValueError, dict(momentum=.9, momentum_decay='linear')), (ValueError, dict(momentum=.9, momentum_decay='x')), (ValueError, dict(momentum_decay='linear')), (ValueError, dict(beta=1.)), (ValueError, dict(wd=-.1)),
+    (ValueError, dict(momentum=.9, momentum_decay='linear')), (ValueError, dict(momentum=(.9, 0.), momentum_decay='exponential')), (ValueError, dict(momentum=.9, momentum_decay='x')), (ValueError, dict(momentum_decay='linear')), (ValueError, dict(beta=1.)), (ValueError, dict(wd=-.1)),
     (ValueError, dict(wd=[.1, -.1])), (ValueError, dict(decoupled_wd=True)), (ValueError, dict(lr=[])), (TypeError, dict(lr_deacy='linear'))])
 def test_a_phase_is_checked_where_it_is_written(error, what):
     with pytest.raises(error): TrainingPhase(**{'epochs': 1} | what)
@@ -106,6 +106,19 @@ def test_a_bad_plan_trains_nothing(phases, kw):
         def before_batch(self, learn): count.append(1)
     with pytest.raises((ValueError, TypeError)): fit_phases(learn, phases, cbs=[CountCB()], **kw)
     assert not count and equal(learn.model.state_dict(), Line().state_dict())
+
+def test_validation_sets_that_would_never_be_used():
+    learn, phases, data_list = synth_learner(), [OK, OK], [synth_dls(), synth_dls()]
+    learn.dls = DataLoaders(learn.dls.train, None)
+    with pytest.raises(ValueError, match='the learner has no validation set'): fit_phases(learn, phases, data_list)
+    fit_phases(learn, phases, data_list, valid=False)
+    fit_phases(learn, phases, [DataLoaders(dls.train, None) for dls in data_list])
+
+def test_a_fit_that_only_validates_leaves_the_rates():
+    phased = fit_phases(learn := synth_learner(), [OK])
+    before = [list(o) for o in phased.rates.lrs]
+    learn.fit(1, train=False, cbs=[phased.rates])
+    assert phased.rates.lrs == before and len(before[0]) == 10
 
 def test_phase_cb_in_a_fit_of_another_length():
     with pytest.raises(ValueError, match='the phases take 1 epochs, the fit has 3; use fit_phases'): synth_learner().fit(3, cbs=[PhaseCB([OK])])

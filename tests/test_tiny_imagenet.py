@@ -4,7 +4,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -352,7 +353,7 @@ def test_stats():
 CONTENT = bytes(range(256)) * 100
 
 class Server(SimpleHTTPRequestHandler):
-    "/cut/X sends 8,192 bytes of what is asked and hangs up; /whole/X doesn't know `Range`; /excuse/X and /unsized/X send a word instead; /wrong/X sends something else of that length."
+    "/cut/X sends 8,192 bytes of what is asked and hangs up; /whole/X doesn't know `Range`; /excuse/X and /unsized/X send a word instead; /wrong/X sends something else of that length; /slow/X waits in the middle until `go`; others send all that is asked."
     def log_message(self, *args): pass
     def do_GET(self):
         how = self.path.split('/')[1]
@@ -364,6 +365,11 @@ class Server(SimpleHTTPRequestHandler):
         self.send_response(200 if how == 'whole' else 206)
         self.send_header('Content-Length', str(len(sent) - start))
         self.end_headers()
+        if how == 'slow':
+            self.wfile.write(sent[start:start + 8192])
+            start += 8192
+            self.server.begun.set()
+            self.server.go.wait(20)
         self.wfile.write(sent[start:start + 8192] if how == 'cut' else sent[start:])
     def apologise(self, with_size):
         self.send_response(200)
@@ -374,13 +380,19 @@ class Server(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     with ThreadingHTTPServer(('127.0.0.1', 0), Server) as s:
-        s.url, s.asked = f'http://127.0.0.1:{s.server_port}', []
+        s.url, s.asked, s.begun, s.go = f'http://127.0.0.1:{s.server_port}', [], Event(), Event()
         Thread(target=s.serve_forever, args=(.01,), daemon=True).start()
         for k in 'no_proxy', 'NO_PROXY': monkeypatch.setenv(k, '127.0.0.1')
         monkeypatch.setenv('COURSE_DATA', str(tmp_path/'data'))
         monkeypatch.setattr(data, '_registry', dict(data._registry))
         yield s
         s.shutdown()
+
+def until(true, seconds=20):
+    end = monotonic() + seconds
+    while not true():
+        assert monotonic() < end, 'it never came'
+        sleep(.01)
 
 def put(server, *hows): return data.register(data.DataFile('net', tuple(f'{server.url}/{h}/net' for h in hows), hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), 'none')).path
 
@@ -415,6 +427,23 @@ def test_killed_before_the_last_rename(server):
     path.parent.mkdir()
     path.with_name('.net.part').write_bytes(CONTENT)
     assert tiny.fetch_resumed('net', progress=False).read_bytes() == CONTENT and server.asked == []
+
+def test_two_download_it_at_once(server, capsys):
+    path, found = put(server, 'slow'), []
+    threads = [Thread(target=lambda: found.append(tiny.fetch_resumed('net', True))) for _ in range(2)]
+    threads[0].start()
+    assert server.begun.wait(20)   # the first one has a part of it
+    threads[1].start()
+    until(lambda: 'another process is writing .net.part: waiting for it' in capsys.readouterr().out)
+    server.go.set()
+    for t in threads: t.join(20)
+    assert found == [path, path] and path.read_bytes() == CONTENT and server.asked == [('slow', 0)] and [p.name for p in path.parent.iterdir()] == ['net']
+
+def test_old_bytes_that_are_wrong_are_not_the_address_fault(server):
+    path = put(server, 'mirror')
+    path.parent.mkdir()
+    path.with_name('.net.part').write_bytes(b'x' * 8192)
+    assert tiny.fetch_resumed('net', progress=False).read_bytes() == CONTENT and server.asked == [('mirror', 8192), ('mirror', 0)]
 
 def test_tiny_imagenet_is_registered():
     file = data.registry()['tiny-imagenet-200.zip']

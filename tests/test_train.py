@@ -69,6 +69,11 @@ def toy(out, preset='quick', fresh=False, procs=None, cbs=(), **changes):
     learn = train.train(train.plan('toy', preset, out, **changes), fresh, procs, cbs)
     return dict(weights=dict(learn.model.state_dict()), rows=learn.cbs[1].rows, losses=learn.cbs[2].records['loss'])
 
+def test_a_training_that_comes_to_no_number_says_so(course):
+    code, _, err = course('toy', 'lr=1e300', 'n_epochs=5', '--out', 'a')
+    assert code == 1 and 'the training came to no number: train loss, valid loss; begin anew with --fresh and a smaller lr' in err
+    assert course('toy', 'lr=.1', '--out', 'a', '--fresh')[0] == 0
+
 def row_of(out, table='train_toy_quick'): return json.loads(Path(out, f'{table}.json').read_text())['rows'][0]
 
 def near(a, b, eps=1e-5):
