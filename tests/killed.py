@@ -1,5 +1,5 @@
 "For tests of trainings that are killed: a script of their own in a new process, SIGKILL at a line that it prints, results compared to the last bit."
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,14 @@ def kill_at(process, where):
     process.kill()
     process.wait()
     assert process.returncode == -getattr(signal, 'SIGKILL', -1)
+
+def until(done, seconds, process=None):
+    "Wait for something; fail if it takes too long, or if the process ends before."
+    end = time.monotonic() + seconds
+    while not done():
+        if process and process.poll() is not None: pytest.fail(f'the run ended too early: {process.communicate()[1][-1500:]}')
+        if time.monotonic() > end: pytest.fail('it took too long')
+        time.sleep(.05)
 
 def equal(x, y):
     if isinstance(x, torch.Tensor): return torch.equal(x, y) and x.dtype == y.dtype

@@ -18,6 +18,7 @@ from course_lib.mixed_precision import MixedPrecision
 from course_lib.schedules import TrainingPhase, fit_phases
 
 from distributed_run import classifier, outcome
+from killed import until
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.timeout(120), pytest.mark.usefixtures('warm')]
 
@@ -214,13 +215,6 @@ def start(tmp_path):
         except ProcessLookupError: pass   # all gone
         p.communicate()
 
-def wait_for(done, seconds, process):
-    end = time.monotonic() + seconds
-    while not done():
-        if process.poll() is not None: pytest.fail(f'the run ended too early: {process.communicate()[1][-1500:]}')
-        if time.monotonic() > end: pytest.fail('it took too long')
-        time.sleep(.05)
-
 def epochs_done(path): return load_state(path)['done'] if path.exists() else 0
 
 def test_accelerate_launch(start, tmp_path):
@@ -240,7 +234,7 @@ def alive(pid):
 def test_a_killed_worker_ends_the_run_and_it_can_go_on(start, tmp_path):
     checkpoint = tmp_path/'run.safetensors'
     p = start(TORCHRUN, pause=.2)
-    wait_for(lambda: epochs_done(checkpoint) == 1, 100, p)
+    until(lambda: epochs_done(checkpoint) == 1, 100, p)
     pids = [int((tmp_path/f'result.{r}.pid').read_text()) for r in (0, 1)]
     os.kill(pids[1], signal.SIGKILL)
     killed = time.monotonic()

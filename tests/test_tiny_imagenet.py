@@ -5,7 +5,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
-from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from course_lib import data, tiny_imagenet as tiny
-from killed import kill_at, posix
+from killed import kill_at, posix, until
 
 SIZES = 3, 6, 5
 quiet = dict(sizes=SIZES, progress=False)
@@ -388,12 +387,6 @@ def server(tmp_path, monkeypatch):
         yield s
         s.shutdown()
 
-def until(true, seconds=20):
-    end = monotonic() + seconds
-    while not true():
-        assert monotonic() < end, 'it never came'
-        sleep(.01)
-
 def put(server, *hows): return data.register(data.DataFile('net', tuple(f'{server.url}/{h}/net' for h in hows), hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), 'none')).path
 
 def test_a_broken_download_goes_on(server):
@@ -434,7 +427,7 @@ def test_two_download_it_at_once(server, capsys):
     threads[0].start()
     assert server.begun.wait(20)   # the first one has a part of it
     threads[1].start()
-    until(lambda: 'another process is writing .net.part: waiting for it' in capsys.readouterr().out)
+    until(lambda: 'another process is writing .net.part: waiting for it' in capsys.readouterr().out, 20)
     server.go.set()
     for t in threads: t.join(20)
     assert found == [path, path] and path.read_bytes() == CONTENT and server.asked == [('slow', 0)] and [p.name for p in path.parent.iterdir()] == ['net']
